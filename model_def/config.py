@@ -1,0 +1,401 @@
+"""What a routed-expert decoder is made of: sizes, modalities, experts, heads. Standard library alone.
+
+This file knows no framework and no file of weights: anything may import it. A configuration is checked when it is made
+(all problems at once), frozen, and travels as JSON.
+
+Shape letters, everywhere in this project: b batch, s new tokens, t cache capacity, n wanted logits, h query heads,
+k key/value heads, d head size, m model width, v vocabulary (summed over the modalities).
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from motrt.errors import ConfigError, raise_all
+
+ExpertKind = Literal["swiglu", "adapter"]
+HeadKind = Literal["split", "shared"]
+RopeStyle = Literal["interleaved", "half"]
+
+# "shared" names projections that are not routed; the others would shadow methods of the module that holds the experts.
+RESERVED_MODALITY_NAMES = frozenset(
+    "shared apply buffers bfloat16 children clear copy cpu cuda double dump_patches eval float forward get half items "
+    "keys modules parameters pop setdefault share_memory state_dict to train training type update values xpu".split()
+)
+
+
+@dataclass(frozen=True)
+class SwigluExpert:
+    """``w2(silu(w1 x) * w3 x)``: the feed-forward of Llama.
+
+    Attributes:
+        hidden_size: width between the products.
+        bias: whether w1, w2 and w3 carry biases (Llama's do not).
+    """
+
+    hidden_size: int
+    bias: bool = False
+    kind: Literal["swiglu"] = "swiglu"
+
+    def problems(self) -> list[str]:
+        return _not_positive(self, "hidden_size")
+
+
+@dataclass(frozen=True)
+class AdapterExpert:
+    """``up_proj(fc2(gelu(fc1(down_proj x))))``: a narrower model's feed-forward between two projections.
+
+    Attributes:
+        width: the narrower model's own width.
+        hidden_size: width between fc1 and fc2.
+        bias: whether fc1 and fc2 carry biases; the projections never do. GELU is the exact (erf) one.
+    """
+
+    width: int
+    hidden_size: int
+    bias: bool = True
+    kind: Literal["adapter"] = "adapter"
+
+    def problems(self) -> list[str]:
+        return _not_positive(self, "width", "hidden_size")
+
+
+Expert = SwigluExpert | AdapterExpert
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One modality: its share of the unified vocabulary, and the expert its positions go through.
+
+    Attributes:
+        name: a lower-case word; it names weights, schedules and figures in reports.
+        vocab_size: how many ids it owns. Ranges follow each other in the order of the modalities.
+        expert: its feed-forward expert. Experts yield hidden states of the model's width, never tokens.
+        codes_per_frame: ids that make one frame (EnCodec's four codebooks: 4); 1 where ids stand alone.
+        frames_per_second: frames in a second of sound (EnCodec at 32 kHz: 50); None where time means nothing.
+    """
+
+    name: str
+    vocab_size: int
+    expert: Expert
+    codes_per_frame: int = 1
+    frames_per_second: float | None = None
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "vocab_size", "codes_per_frame") + self.expert.problems()
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in RESERVED_MODALITY_NAMES:
+            found.append(f"name must be a lower-case word and not a reserved one ({self.name!r} came)")
+        if self.frames_per_second is not None and not 0 < self.frames_per_second < float("inf"):
+            found.append(f"frames_per_second must be positive or null ({self.frames_per_second} came)")
+        return [f"modality {self.name!r}: {problem}" for problem in found]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (Meta's llama-models, ``apply_scaling``), defaults as in Llama 3.2."""
+
+    factor: float = 32.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+    def problems(self) -> list[str]:
+        found = _not_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        if not found and self.high_freq_factor <= self.low_freq_factor:
+            found.append("high_freq_factor must be greater than low_freq_factor")
+        return [f"rope.scaling: {problem}" for problem in found]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies (Llama 3: 500000).
+        style: ``interleaved`` rotates pairs (0, 1), (2, 3)... as Meta's checkpoints do; ``half`` rotates (0, d/2),
+            (1, d/2 + 1)... as Hugging Face's do, whose wq and wk rows are permuted to match.
+        scaling: Llama-3.2 frequency scaling, or None for checkpoints trained without it.
+    """
+
+    theta: float = 500000.0
+    style: RopeStyle = "interleaved"
+    scaling: RopeScaling | None = None
+
+    def problems(self) -> list[str]:
+        found = [f"rope.{problem}" for problem in _not_positive(self, "theta")]
+        if self.style not in ("interleaved", "half"):
+            found.append(f"rope.style must be 'interleaved' or 'half' ({self.style!r} came)")
+        return found + (self.scaling.problems() if self.scaling else [])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A routed-expert decoder.
+
+    Attributes:
+        model_width: m, the width of the residual stream.
+        num_layers: decoder layers.
+        num_heads: h, query heads.
+        num_kv_heads: k, key/value heads; divides num_heads.
+        head_size: d, even (RoPE rotates pairs).
+        modalities: in id order; at least one. One modality is a plain Llama.
+        max_seq_len: most positions a row may hold, prompt and generated together.
+        head: ``split`` (one output layer per modality) or ``shared`` (one over the summed vocabulary).
+        routed_attention: whether wq, wk, wv, wo (and q/k norms) are kept per modality.
+        qk_norm: whether queries and keys pass an RMSNorm per head before RoPE.
+        tied_embeddings: whether the head is the embedding table itself; needs a shared head.
+        norm_eps: epsilon of every RMSNorm.
+        rope: rotary position embedding.
+
+    Raises:
+        ConfigError: naming every contradiction at once.
+    """
+
+    model_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    modalities: tuple[Modality, ...]
+    max_seq_len: int = 8192
+    head: HeadKind = "split"
+    routed_attention: bool = True
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", tuple(self.modalities))
+        raise_all(ConfigError, "impossible model configuration:", self.problems())
+
+    def problems(self) -> list[str]:
+        """Every contradiction in this configuration, as sentences; none in a configuration that exists."""
+        sizes = ("model_width", "num_layers", "num_heads", "num_kv_heads", "head_size", "max_seq_len", "norm_eps")
+        found = _not_positive(self, *sizes) + self.rope.problems()
+        for modality in self.modalities:
+            found += modality.problems()
+        if found:
+            return found
+        if self.num_heads % self.num_kv_heads:
+            found.append(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
+        if self.head_size % 2:
+            found.append(f"head_size must be even, RoPE rotates pairs ({self.head_size} came)")
+        if not self.modalities:
+            found.append("modalities must name at least one")
+        names = [modality.name for modality in self.modalities]
+        if len(set(names)) < len(names):
+            found.append(f"modalities must have different names ({', '.join(names)} came)")
+        if self.head not in ("split", "shared"):
+            found.append(f"head must be 'split' or 'shared' ({self.head!r} came)")
+        if self.tied_embeddings and self.head != "shared":
+            found.append("tied_embeddings needs head 'shared': a split head has weights of its own")
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """v: the vocabulary is *summed* over the modalities."""
+        return sum(modality.vocab_size for modality in self.modalities)
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        return tuple(modality.name for modality in self.modalities)
+
+    @property
+    def attention_routes(self) -> tuple[str, ...]:
+        """The names under which attention weights are kept: one per modality, or ``shared``."""
+        return self.modality_names if self.routed_attention else ("shared",)
+
+    @property
+    def id_ranges(self) -> tuple[range, ...]:
+        """The ids that each modality owns, in the order of the modalities."""
+        ranges, start = [], 0
+        for modality in self.modalities:
+            ranges.append(range(start, start + modality.vocab_size))
+            start += modality.vocab_size
+        return tuple(ranges)
+
+    def modality_index(self, name: str) -> int:
+        """The number of the modality called ``name``.
+
+        Raises:
+            ConfigError: when there is none of that name.
+        """
+        if name not in self.modality_names:
+            raise ConfigError(f"no modality {name!r} in this model: it has {', '.join(self.modality_names)}")
+        return self.modality_names.index(name)
+
+    def modality_of(self, token_id: int) -> int:
+        """The number of the modality that owns ``token_id``.
+
+        Raises:
+            ConfigError: when the id is outside the vocabulary.
+        """
+        for index, ids in enumerate(self.id_ranges):
+            if token_id in ids:
+                return index
+        raise ConfigError(f"id {token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with ``changes``, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_dict`` reads them back to an equal configuration."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "ModelConfig":
+        """The configuration that ``to_dict`` gave.
+
+        Raises:
+            ConfigError: for unknown, missing or misshapen fields, and for what ``problems`` finds.
+        """
+        fields = _fields(cls, values, "model configuration")
+        if not isinstance(fields.get("modalities"), list | tuple):
+            raise ConfigError("model configuration: modalities must be a list")
+        fields["modalities"] = tuple(_modality_from_dict(item) for item in fields["modalities"])
+        if "rope" in fields:
+            rope = _fields(RopeConfig, fields["rope"], "rope")
+            if rope.get("scaling") is not None:
+                rope["scaling"] = RopeScaling(**_fields(RopeScaling, rope["scaling"], "rope.scaling"))
+            fields["rope"] = RopeConfig(**rope)
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """See ``from_dict``.
+
+        Raises:
+            ConfigError: also where ``text`` is not JSON.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"model configuration is not JSON: {error}") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A named configuration: ``tiny`` (tests), ``small`` (about 60M parameters), ``llama-3.2-1b``,
+        ``llama-3.2-1b-text``.
+
+        Raises:
+            ConfigError: for any other name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "ModelConfig":
+        """The configuration that tests and examples share: every feature at the smallest size, 2 layers."""
+        return cls.preset("tiny").replace(**changes)
+
+
+def _modality_from_dict(values: Any) -> Modality:
+    fields = _fields(Modality, values, "modality")
+    expert = fields.get("expert")
+    kind = expert.get("kind") if isinstance(expert, dict) else None
+    kinds: dict[Any, type] = {"swiglu": SwigluExpert, "adapter": AdapterExpert}
+    if kind not in kinds:
+        raise ConfigError(f"modality {fields.get('name')!r}: expert.kind must be 'swiglu' or 'adapter' ({kind!r} came)")
+    fields["expert"] = kinds[kind](**_fields(kinds[kind], expert, "expert"))
+    return Modality(**fields)
+
+
+def _fields(cls: Any, values: Any, where: str) -> dict[str, Any]:
+    """``values`` as keyword arguments of ``cls``: none unknown, none missing, none of another JSON type."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a JSON object ({type(values).__name__} came)")
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    problems = [f"unknown field {name!r}" for name in values if name not in known]
+    problems += [f"missing field {name!r}" for name in sorted(required - set(values))]
+    for name in known.keys() & values.keys():
+        expected = _JSON_TYPES.get(known[name].type)
+        # bool is an int to Python, and 'true' is no number to a reader of JSON.
+        mistyped = expected and (not isinstance(values[name], expected) or (isinstance(values[name], bool) and expected is not bool))
+        if mistyped:
+            problems.append(f"{name} must be {_type_words(expected)} ({values[name]!r} came)")
+    raise_all(ConfigError, f"{where}:", problems)
+    return dict(values)
+
+
+_JSON_TYPES: dict[Any, Any] = {int: int, bool: bool, str: str, float: (int, float), float | None: (int, float, type(None))}
+
+
+def _type_words(expected: Any) -> str:
+    words = {int: "a whole number", bool: "true or false", str: "a string", float: "a number", type(None): "null"}
+    return " or ".join(words[one] for one in (expected if isinstance(expected, tuple) else (expected,)))
+
+
+def _not_positive(holder: Any, *names: str) -> list[str]:
+    return [
+        f"{name} must be positive ({getattr(holder, name)!r} came)"
+        for name in names
+        if isinstance(getattr(holder, name), bool) or not 0 < getattr(holder, name) < float("inf")
+    ]
+
+
+# EnCodec at 32 kHz: 4 codebooks of 2048 codes at 50 frames a second; all four share the same 2048 ids.
+ENCODEC_CODES, ENCODEC_CODEBOOKS, ENCODEC_FRAMES_PER_SECOND = 2048, 4, 50.0
+
+_LLAMA_3_2_1B = ModelConfig(
+    model_width=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=64,
+    modalities=(
+        Modality("text", 128256, SwigluExpert(8192)),
+        Modality(
+            "audio",
+            ENCODEC_CODES,
+            AdapterExpert(width=1024, hidden_size=4096),
+            codes_per_frame=ENCODEC_CODEBOOKS,
+            frames_per_second=ENCODEC_FRAMES_PER_SECOND,
+        ),
+    ),
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        model_width=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=16,
+        max_seq_len=128,
+        modalities=(
+            Modality("text", 96, SwigluExpert(128)),
+            Modality("audio", 32, AdapterExpert(width=32, hidden_size=64), codes_per_frame=4, frames_per_second=50.0),
+        ),
+    ),
+    "small": ModelConfig(
+        model_width=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=4,
+        head_size=64,
+        max_seq_len=2048,
+        modalities=(
+            Modality("text", 16384, SwigluExpert(2048)),
+            Modality(
+                "audio",
+                ENCODEC_CODES,
+                AdapterExpert(width=256, hidden_size=1024),
+                codes_per_frame=ENCODEC_CODEBOOKS,
+                frames_per_second=ENCODEC_FRAMES_PER_SECOND,
+            ),
+        ),
+    ),
+    "llama-3.2-1b": _LLAMA_3_2_1B,
+    "llama-3.2-1b-text": _LLAMA_3_2_1B.replace(modalities=_LLAMA_3_2_1B.modalities[:1], head="shared"),
+}
