@@ -1,0 +1,40 @@
+"""The inputs that a trace is made with, and which of their dims stay symbolic.
+
+Every modality occurs among the tokens and among the predictions: an expert that the example does not use would be
+dropped from the graph without a word. Sizes differ from each other and from 0 and 1, which tracing would specialise.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.signature import Signature, TensorSpec
+
+Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
+
+
+def example_inputs(config: ModelConfig, dtype: torch.dtype) -> Example:
+    """Arguments for ``Decoder.forward``: two ragged rows over a cache that already holds some tokens."""
+    num_modalities = len(config.modalities)
+    batch, new_tokens, capacity = 2, 2 * num_modalities + 1, 8 * num_modalities
+    mask = torch.arange(batch * new_tokens).reshape(batch, new_tokens) % num_modalities
+    starts = torch.tensor([ids.start for ids in config.id_ranges])
+    logits_index = torch.arange(1, batch * new_tokens)
+    buffer = (batch, config.num_kv_heads, capacity, config.head_size)
+    cache = [(torch.zeros(buffer, dtype=dtype), torch.zeros(buffer, dtype=dtype)) for _ in range(config.num_layers)]
+    return starts[mask], mask, torch.tensor([0, 3]), logits_index, logits_index % num_modalities, cache
+
+
+def dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
+    """The symbolic dims of ``example_inputs`` in the form that ``torch.export`` takes."""
+    symbolic = [_symbolic_dims(spec) for spec in signature.inputs]
+    num_plain = len(signature.inputs) - 2 * signature.num_layers
+    buffers = symbolic[num_plain:]
+    pairs = [(buffers[2 * i], buffers[2 * i + 1]) for i in range(signature.num_layers)]
+    return (*symbolic[:num_plain], pairs)
+
+
+def _symbolic_dims(spec: TensorSpec) -> dict[int, str]:
+    return {axis: dim for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}

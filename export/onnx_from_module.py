@@ -1,0 +1,189 @@
+"""From the PyTorch decoder to the canonical ONNX graph.
+
+The trace holds no weights at all: the module is built of fake tensors, and each initializer of the finished graph is
+filled from the checkpoint only when the file is written, one tensor at a time. So memory stays near the largest tensor
+whatever the size of the model, no pass can fold, merge or drop a weight by its value, and a weight that the trace did
+not use is missing by name (``onnx_check`` looks).
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnx_ir import tensor_adapters
+from onnxscript import optimizer, rewriter
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from motrt.errors import ExportError
+from motrt.export.example_inputs import dynamic_shapes, example_inputs
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.decoder import Decoder
+from motrt.model_def.operators import OPSET, rope_tables
+from motrt.model_def.parameters import parameters
+from motrt.model_def.signature import Signature
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+ROPE_TABLES = ("rope_cos", "rope_sin")
+
+# Tensors smaller than this stay inside model.onnx: scalars and shapes that readers want to see.
+SMALLEST_EXTERNAL_BYTES = 1024
+
+TORCH_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def trace(config: ModelConfig, dtype: str) -> ir.Model:
+    """The canonical graph of ``config``, its weights named and shaped but without values.
+
+    Args:
+        config: what to trace; ``max_seq_len`` sizes the rotary tables.
+        dtype: of weights, activations and cache: ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        ExportError: when PyTorch can not trace the module.
+    """
+    signature = Signature.canonical(config, dtype)
+    torch_dtype = TORCH_DTYPES[dtype]
+    fake = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True))
+    shapes = {parameter.name: parameter.shape for parameter in parameters(config)}
+    with fake:
+        decoder = Decoder.from_tensors(config, lambda name: torch.empty(shapes[name], dtype=torch_dtype), torch_dtype)
+    *plain, cache = example_inputs(config, torch_dtype)
+    arguments = tuple(fake.from_tensor(tensor) for tensor in plain)
+    pairs = [(fake.from_tensor(keys), fake.from_tensor(values)) for keys, values in cache]
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                decoder,
+                (*arguments, pairs),
+                dynamic_shapes=dynamic_shapes(signature),
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,  # its passes read weights; ours below do not
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"PyTorch {torch.__version__} could not trace the decoder: {error}") from error
+    if program is None:
+        raise ExportError("PyTorch gave no program: its exporter was switched off")
+    model = program.model
+    with _quiet_exporter():
+        _simplify(model)
+    _name_inputs_and_outputs(model, signature)
+    return model
+
+
+def attach_weights(model: ir.Model, config: ModelConfig, dtype: str, read: Callable[[str], Tensor]) -> None:
+    """Let every initializer of ``model`` fetch its value from ``read(name)`` when it is written.
+
+    Values are converted to ``dtype``; one that overflows there raises ExportError, naming the tensor.
+    """
+    cos, sin = rope_tables(config.rope, config.head_size, config.max_seq_len, TORCH_DTYPES[dtype])
+    derived = dict(zip(ROPE_TABLES, (cos, sin), strict=True))
+    weights = {parameter.name for parameter in parameters(config)} | set(ROPE_TABLES)
+
+    def fetch(name: str) -> ir.TensorProtocol:
+        value = derived[name] if name in derived else _converted(name, read(name), TORCH_DTYPES[dtype])
+        return tensor_adapters.TorchTensor(value.contiguous(), name=name)
+
+    for name, value in model.graph.initializers.items():
+        if name in weights:
+            placeholder = value.const_value
+            assert placeholder is not None
+            value.const_value = ir.LazyTensor(
+                lambda name=name: fetch(name), dtype=placeholder.dtype, shape=placeholder.shape, name=name
+            )
+
+
+def write_onnx(model: ir.Model, folder: Path, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Write ``model.onnx`` and its one external data file into ``folder``, streaming the weights."""
+    ir.save(
+        model,
+        folder / MODEL_FILE,
+        external_data=WEIGHTS_FILE,
+        size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
+        callback=lambda tensor, info: on_tensor(tensor.nbytes),
+        max_workers=1,
+    )
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = value.to(dtype)
+    if converted.isinf().any() and not value.isinf().any():
+        raise ExportError(
+            f"{name} does not fit {str(dtype).removeprefix('torch.')}: its largest magnitude is "
+            f"{value.abs().max():.4g}. Export with --precision bf16 or fp32."
+        )
+    return converted
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold shapes and constants, fuse what the trace wrote out, drop what nothing reads. No weight is looked at."""
+    weights = {value: value.const_value for value in model.graph.initializers.values() if _is_fake(value)}
+    for value in weights:
+        value.const_value = None  # a rewrite would drop a bias of zeros, or merge two equal norms
+    ir.passes.Sequential(
+        common_passes.InlinePass(),
+        ir.passes.PassManager(
+            [
+                optimizer._constant_folding.FoldConstantsPass(
+                    shape_inference=True, input_size_limit=8192, output_size_limit=1 << 18
+                ),
+                rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
+                common_passes.RemoveUnusedNodesPass(),
+                common_passes.RemoveUnusedFunctionsPass(),
+                common_passes.RemoveUnusedOpsetsPass(),
+            ],
+            steps=2,
+        ),
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.DeduplicateInitializersPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+        common_passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    for value, placeholder in weights.items():
+        value.const_value = placeholder
+
+
+def _is_fake(value: ir.Value) -> bool:
+    return isinstance(getattr(value.const_value, "raw", None), Tensor)
+
+
+def _name_inputs_and_outputs(model: ir.Model, signature: Signature) -> None:
+    """The trace numbers them; the contract names them."""
+    for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+        if len(values) != len(specs):
+            raise ExportError(f"the trace has {len(values)} inputs or outputs where the contract has {len(specs)}")
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter's own remarks (packages it could do without, axes that share a name) help nobody here."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [one.level for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)

@@ -1,0 +1,103 @@
+"""One decoder layer: global attention and a feed-forward, each through the weights of a position's own modality.
+
+Positions lie flat, [T, m] with T = b * s, all the way through: routing then needs no reshape, and every product is
+2-D. Only attention itself looks at rows and columns.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from motrt.model_def import operators
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.experts import RoutedExperts, build_expert
+from motrt.model_def.routing import Routing
+
+LayerCache = tuple[Tensor, Tensor]  # keys and values, each [b, k, t, d]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What every layer needs to know of where the new tokens stand.
+
+    Attributes:
+        experts: which flat positions take which modality's expert.
+        projections: the same for attention weights; everything takes one route where attention is not routed.
+        columns: [b, s], the position of each new token in its row.
+        cache_position: [b], tokens already in the cache.
+        visible: [b, 1, s, t] bool, the keys that each new token sees.
+        rope: cosines and sines, each [max_seq_len, d/2].
+    """
+
+    experts: Routing
+    projections: Routing
+    columns: Tensor
+    cache_position: Tensor
+    visible: Tensor
+    rope: tuple[Tensor, Tensor]
+
+
+class PerRoute(nn.ModuleDict):
+    """One module per route, each given its own route's rows."""
+
+    def __init__(self, routes: Sequence[str], build: Callable[[], nn.Module]) -> None:
+        super().__init__({route: build() for route in routes})
+
+    def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [module(rows) for module, rows in zip(self.values(), parts, strict=True)]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections by route, the attention itself over all positions alike."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        m, d, routes = config.model_width, config.head_size, config.attention_routes
+        key_value_width = config.num_kv_heads * d
+        self.head_size, self.query_width, self.style = d, config.num_heads * d, config.rope.style
+        self.wq = PerRoute(routes, lambda: nn.Linear(m, self.query_width, bias=False))
+        self.wk = PerRoute(routes, lambda: nn.Linear(m, key_value_width, bias=False))
+        self.wv = PerRoute(routes, lambda: nn.Linear(m, key_value_width, bias=False))
+        self.wo = PerRoute(routes, lambda: nn.Linear(self.query_width, m, bias=False))
+        self.q_norm = PerRoute(routes, lambda: nn.RMSNorm(d, eps=config.norm_eps)) if config.qk_norm else None
+        self.k_norm = PerRoute(routes, lambda: nn.RMSNorm(d, eps=config.norm_eps)) if config.qk_norm else None
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache) -> tuple[Tensor, LayerCache]:
+        """[T, m] and the layer's cache -> [T, m] and the cache with the new keys and values in it."""
+        parts = at.projections.dispatch(x)
+        query = self._heads(self.wq(parts), self.q_norm, at)
+        key = self._heads(self.wk(parts), self.k_norm, at)
+        value = self._heads(self.wv(parts), None, at)
+        query = operators.rotate(query, *at.rope, at.columns, self.style)
+        key = operators.rotate(key, *at.rope, at.columns, self.style)
+        keys = operators.write_cache(cache[0], key, at.cache_position)
+        values = operators.write_cache(cache[1], value, at.cache_position)
+        mixed = operators.attend(query, keys, values, at.visible)
+        flat = mixed.transpose(1, 2).reshape(x.shape[0], self.query_width)  # [b, h, s, d] -> [b, s, h, d] -> [T, h * d]
+        return at.projections.combine(self.wo(at.projections.dispatch(flat))), (keys, values)
+
+    def _heads(self, parts: list[Tensor], norm: PerRoute | None, at: Positions) -> Tensor:
+        """Per route [rows, heads * d] -> [b, heads, s, d], through the route's norm where there is one."""
+        if norm is not None:
+            parts = [rows.flatten(1) for rows in norm([rows.unflatten(1, (-1, self.head_size)) for rows in parts])]
+        b, s = at.columns.shape
+        return at.projections.combine(parts).view(b, s, -1, self.head_size).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Attention, then experts, each behind a norm that all modalities share and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.model_width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.model_width, eps=config.norm_eps)
+        self.feed_forward = RoutedExperts(
+            {modality.name: build_expert(modality.expert, config.model_width) for modality in config.modalities}
+        )
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache) -> tuple[Tensor, LayerCache]:
+        attended, cache = self.attention(self.attention_norm(x), at, cache)
+        x = x + attended
+        return x + self.feed_forward(self.ffn_norm(x), at.experts), cache

@@ -1,0 +1,79 @@
+"""The operations whose PyTorch form and ONNX form are written differently, side by side.
+
+Each computes in PyTorch when called, and becomes the one standard operator of opset 24 when the model is traced.
+That the two mean the same is what the parity ladder proves.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import Tensor
+
+from motrt.model_def.config import RopeConfig, RopeStyle
+
+OPSET = 24
+
+
+def _traced_operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, **attributes: int | float | str) -> Tensor:
+    """One ONNX operator in the traced graph, its output of ``like``'s dtype and shape."""
+    result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
+    return result
+
+
+def rope_tables(rope: RopeConfig, head_size: int, max_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position: two tensors [max_seq_len, d/2], computed in float64, rounded once.
+
+    Frequencies are theta^(-2i/d) (Su et al. 2021, RoFormer); scaling follows Meta's llama-models: wavelengths longer
+    than original/low_freq_factor are slowed by ``factor``, shorter than original/high_freq_factor are kept, and in
+    between the two are blended.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
+    frequencies = rope.theta**-exponents
+    if rope.scaling is not None:
+        scaling = rope.scaling
+        turns = scaling.original_max_seq_len * frequencies / (2 * torch.pi)  # full turns over the original context
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = blend.clamp(0.0, 1.0)
+        frequencies = frequencies * (blend + (1.0 - blend) / scaling.factor)
+    angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, style: RopeStyle) -> Tensor:
+    """Rotate queries or keys by their positions (ONNX ``RotaryEmbedding``).
+
+    Shapes: x [b, heads, s, d]; cos, sin [max_seq_len, d/2]; positions [b, s] int64; result like x.
+    """
+    if torch.onnx.is_in_onnx_export():
+        inputs = (x, cos, sin, positions)
+        return _traced_operator("RotaryEmbedding", inputs, x, interleaved=int(style == "interleaved"))
+    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [b, 1, s, d/2]
+    if style == "interleaved":
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((first * c - second * s, second * c + first * s), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+def write_cache(cache: Tensor, new: Tensor, cache_position: Tensor) -> Tensor:
+    """The cache with ``new`` written behind what each row holds (ONNX ``TensorScatter``, linear).
+
+    Shapes: cache [b, k, t, d]; new [b, k, s, d]; cache_position [b] int64, with cache_position + s <= t.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _traced_operator("TensorScatter", (cache, new, cache_position), cache, axis=2, mode="linear")
+    rows = torch.arange(new.shape[0], device=new.device)[:, None]
+    columns = cache_position[:, None] + torch.arange(new.shape[2], device=new.device)
+    written = cache.clone()
+    written[rows, :, columns] = new.transpose(1, 2)  # [b, k, s, d] -> [b, s, k, d]
+    return written
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Grouped-query attention under an explicit mask (ONNX ``Attention``): softmax(q k / sqrt(d)) v.
+
+    The mask is explicit because implicit ones changed their meaning between runtime versions.
+    Shapes: query [b, h, s, d]; key, value [b, k, t, d]; visible [b, 1, s, t] bool; result like query.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _traced_operator("Attention", (query, key, value, visible), query, scale=query.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
