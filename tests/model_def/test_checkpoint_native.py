@@ -191,7 +191,7 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
     one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     header = json.dumps({"a": one, "b": one}).encode()
     (tmp_path / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    with pytest.raises(CheckpointError, match="where 4 was expected"):
+    with pytest.raises(CheckpointError, match="begins at byte"):
         open_checkpoint(tmp_path / "model")
 
 
