@@ -1,0 +1,223 @@
+"""The folder that is deployed: one graph, its weights, perhaps a tokenizer, and the manifest that vouches for them.
+
+The manifest is written last: no manifest, no bundle. It carries the size and hash of every other file and a hash of
+itself, so any flipped byte of any file is found: the manifest's always, the others' by size always and by hash when
+asked. This file imports neither torch nor onnx nor onnxruntime.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from motrt.errors import BundleError, ConfigError, raise_all
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.signature import CONTRACT_VERSION, Signature
+
+# Bump when an older runtime could misread the folder.
+FORMAT_VERSION = 1
+
+MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"
+
+DTYPE_OF_PRECISION = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+_HASH_CHUNK = 1 << 22
+_SELF_HASH = "manifest_sha256"
+_REQUIRED = ("format_version", "config", "precision", "signature", "files", "source", "versions", "parity")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        config: the model that the graph computes.
+        precision: ``fp32``, ``fp16`` or ``bf16``, of weights and cache.
+        files: every other file of the bundle, by name.
+        source: where the checkpoint lay (``path``) and its ``sha256``.
+        versions: of the packages that made the bundle.
+        parity: the gate's report (``verdict`` and figures), or None where it was not run.
+        operators: how many of each operator the graph holds.
+    """
+
+    config: ModelConfig
+    precision: str
+    files: Mapping[str, FileRecord]
+    source: Mapping[str, str]
+    versions: Mapping[str, str]
+    parity: Mapping[str, Any] | None = None
+    operators: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> Signature:
+        return Signature.canonical(self.config, DTYPE_OF_PRECISION[self.precision])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the hash of themselves."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "precision": self.precision,
+            "signature": self.signature.to_dict(),
+            "files": {name: {"bytes": one.num_bytes, "sha256": one.sha256} for name, one in self.files.items()},
+            "source": dict(self.source),
+            "versions": dict(self.versions),
+            "operators": dict(self.operators),
+            "parity": None if self.parity is None else dict(self.parity),
+        }
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / MODEL_FILE
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        return self.path / TOKENIZER_FILE if TOKENIZER_FILE in self.manifest.files else None
+
+
+def sha256_of(file: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """The hash of a file, read in pieces; ``progress`` is told each piece's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def record_files(folder: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> dict[str, FileRecord]:
+    """Size and hash of every file in ``folder``, by name."""
+    return {
+        file.name: FileRecord(file.stat().st_size, sha256_of(file, progress))
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``; the last thing that is written into a bundle."""
+    (folder / MANIFEST_FILE).write_text(_canonical(manifest.to_dict()), encoding="utf-8")
+
+
+def _canonical(values: Mapping[str, Any]) -> str:
+    """The one spelling of a manifest, its own hash in it: any changed byte makes it another."""
+    body = {name: value for name, value in values.items() if name != _SELF_HASH}
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**body, _SELF_HASH: hashlib.sha256(plain.encode()).hexdigest()}, indent=1, sort_keys=True) + "\n"
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / MANIFEST_FILE).is_file()
+
+
+def open_bundle(path: str | Path, check: str = "size", progress: Callable[[int], None] = lambda num_bytes: None) -> Bundle:
+    """Read and check a bundle's manifest and files.
+
+    Args:
+        path: the folder.
+        check: ``size`` compares every file's size, ``hash`` reads every byte.
+        progress: told the bytes hashed.
+
+    Raises:
+        BundleError: when it is no bundle, of a newer version, or damaged; every damaged file is named.
+        ValueError: for another ``check``.
+    """
+    if check not in ("size", "hash"):
+        raise ValueError(f"check must be 'size' or 'hash' ({check!r} came)")
+    folder = Path(path)
+    manifest = _manifest_from(folder, _read_manifest(folder))
+    problems = [problem for name, record in manifest.files.items() if (problem := _size_problem(folder, name, record))]
+    raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
+    if check == "hash":
+        problems = [
+            f"{name} is not the file that was exported: its hash differs"
+            for name, record in manifest.files.items()
+            if sha256_of(folder / name, progress) != record.sha256
+        ]
+        raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
+    return Bundle(folder, manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise BundleError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}: give a bundle's folder")
+    if not file.is_file():
+        raise BundleError(f"{folder} has no {MANIFEST_FILE}, so it is no bundle: make one with `motrt export`")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as failure:
+        raise BundleError(f"{file} can not be read ({failure}): export the bundle again") from None
+    if not isinstance(values, dict):
+        raise BundleError(f"{file} is no manifest: export the bundle again")
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has format {version} and this motrt reads up to {FORMAT_VERSION}: upgrade motrt, or export it again"
+        )
+    if version != FORMAT_VERSION or text != _canonical(values):
+        raise BundleError(f"{file} was changed after the export (its own hash differs): export the bundle again")
+    return values
+
+
+def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
+    try:
+        missing = [name for name in _REQUIRED if name not in values]
+        raise_all(BundleError, f"{folder / MANIFEST_FILE} lacks:", missing)
+        manifest = Manifest(
+            config=ModelConfig.from_dict(values["config"]),
+            precision=values["precision"],
+            files={name: FileRecord(int(one["bytes"]), str(one["sha256"])) for name, one in values["files"].items()},
+            source=values["source"],
+            versions=values["versions"],
+            parity=values["parity"],
+            operators=values.get("operators", {}),
+        )
+        contract = values["signature"]["contract_version"]
+        if contract > CONTRACT_VERSION:
+            raise BundleError(
+                f"{folder} keeps graph contract {contract} and this motrt speaks up to {CONTRACT_VERSION}: upgrade motrt"
+            )
+        if manifest.signature.to_dict() != values["signature"]:
+            raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:
+        raise BundleError(f"{folder / MANIFEST_FILE} is no manifest of this version ({failure}): export again") from None
+    needed = [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in manifest.files]
+    raise_all(BundleError, f"{folder / MANIFEST_FILE} names no:", needed)
+    return manifest
+
+
+def _size_problem(folder: Path, name: str, record: FileRecord) -> str | None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        return f"{name!r} is no plain file name"
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.resolve().parent != folder.resolve():
+        return f"{name} is a link out of the bundle"
+    size = file.stat().st_size
+    return None if size == record.num_bytes else f"{name} has {size} bytes, {record.num_bytes} were exported"

@@ -1,0 +1,236 @@
+"""The generation loop: prompt in, steps out. One orchestrator, row by row independent.
+
+A row's tokens depend on its prompt, its schedule, its sampling and its seed, never on which other rows share its batch.
+The change-over is here: the head that predicts a token is the *next* token's modality's, asked of the schedule before
+each step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motrt.errors import CapacityError, InputError
+from motrt.model_def.config import ModelConfig
+from motrt.runtime import schedule as schedules
+from motrt.runtime.sampling import Sampling, SamplingByModality, draw, fresh_seed, sampling_for, uniform
+from motrt.runtime.schedule import Progress, Schedule, then
+from motrt.runtime.session import Session
+from motrt.runtime.step_inputs import check_prompts
+from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces
+
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token of one row.
+
+    Attributes:
+        row: which prompt of the batch.
+        index: how many tokens the row generated before.
+        token_id: unified id.
+        modality: whose id it is.
+        text: the text that became certain with it ("" where none did, or no tokenizer is there).
+        frame: the frame that it completed, for modalities whose ids come in frames.
+        finish: None while the row goes on; ``schedule`` when the schedule ended, ``stop`` at a stop id, ``length`` at
+            the most tokens asked for or the model's maximum.
+    """
+
+    row: int
+    index: int
+    token_id: int
+    modality: str
+    text: str = ""
+    frame: AudioFrame | None = None
+    finish: str | None = None
+
+
+def generate(
+    session: Session,
+    prompt: Prompt,
+    *,
+    schedule: Schedule | None = None,
+    sampling: SamplingByModality | Sequence[SamplingByModality] | None = None,
+    max_tokens: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[Step]:
+    """Say what comes after each prompt.
+
+    Everything is checked when this is called; computing starts with the first step that is taken.
+
+    Args:
+        session: what computes.
+        prompt: text (where the bundle has a tokenizer), ids, or a batch of either.
+        schedule: which modality comes next; None goes on in the modality of each prompt's last id.
+        sampling: how ids are chosen: one for all rows and modalities, one by modality, or a sequence of either, one per
+            row. Greedy where not said. Rows that share a seed share their chance: give each its own to see variety.
+        max_tokens: per row; None: what the schedule asks for, or as many as the model can hold.
+        stop_ids: ids after which a row is finished (the id itself is still yielded).
+
+    Yields:
+        A Step per row and token, rows in order within a step.
+
+    Raises:
+        InputError: for prompts, schedules, sampling values or limits that can not be.
+        CapacityError: when prompt and tokens are more than the model holds; before anything is computed.
+    """
+    config = session.config
+    prompts = [row.tolist() for row in check_prompts(_ids_of(prompt, session), config)]
+    plan = schedule if schedule is not None else _continue(prompts, config)
+    schedules.check(plan, config)
+    limits = _limits(prompts, schedules.total_tokens(plan, config), max_tokens, config)
+    unknown = [token for token in stop_ids if not 0 <= token < config.vocab_size]
+    if unknown:
+        raise InputError(f"stop_ids must be in 0..{config.vocab_size - 1} ({unknown[0]} came)")
+    rows = [
+        _Row(number, prompt, chosen, limit, session)
+        for number, (prompt, chosen, limit) in enumerate(
+            zip(prompts, _sampling_per_row(sampling, len(prompts), config), limits, strict=True)
+        )
+    ]
+    return _run(session, rows, plan, frozenset(stop_ids))
+
+
+def _run(session: Session, rows: list["_Row"], schedule: Schedule, stop_ids: frozenset[int]) -> Iterator[Step]:
+    config = session.config
+    going = [row for row in rows if row.limit > 0 and row.ask(schedule) is not None]
+    if not going:
+        return
+    names = [config.modality_names[row.next_modality or 0] for row in rows]
+    logits, cache = session.prefill([row.prompt for row in rows], names)
+    logits = logits[[row.number for row in going]]
+    while True:
+        for row, its_logits in zip(going, logits, strict=True):
+            yield row.take(its_logits, schedule, stop_ids)
+        going = [row for row in going if row.finish is None]
+        if not going:
+            return
+        names = [config.modality_names[row.next_modality or 0] for row in going]
+        newest = [row.newest for row in rows]
+        logits = session.decode_step(newest, names, cache, active=[row.number for row in going])
+
+
+class _Row:
+    """One prompt's progress: what it said, whose turn is next, and how its tokens become text and frames."""
+
+    def __init__(self, number: int, prompt: list[int], sampling: dict[str, Sampling], limit: int, session: Session) -> None:
+        self.number, self.prompt, self.limit = number, prompt, limit
+        self.config = session.config
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.next_modality: int | None = None
+        self._newest_in_cache = prompt[-1]
+        self._sampling = sampling
+        self._seeds = {name: fresh_seed() if one.seed is None else one.seed for name, one in sampling.items()}
+        self._frames = FrameAssembler(self.config)
+        self._pieces = TextPieces(session.tokenizer) if session.tokenizer is not None else None
+        self._seen: dict[int, set[int]] = {index: set() for index in range(len(self.config.modalities))}
+        for token in prompt:
+            self._remember(token)
+
+    @property
+    def newest(self) -> int:
+        """The id to feed next; a finished row repeats what its cache holds last."""
+        return self._newest_in_cache if self.finish else self.tokens[-1]
+
+    def ask(self, schedule: Schedule) -> int | None:
+        self.next_modality = schedules.next_modality(schedule, Progress(self.config, self.prompt, self.tokens))
+        return self.next_modality
+
+    def take(self, logits: NDArray[np.float32], schedule: Schedule, stop_ids: frozenset[int]) -> Step:
+        """Choose the next token, and find out whether it was the last."""
+        modality = self.next_modality
+        assert modality is not None
+        name = self.config.modality_names[modality]
+        ids, chosen = self.config.id_ranges[modality], self._sampling[name]
+        chance = 0.0 if chosen.is_greedy else uniform(self._seeds[name], len(self.tokens))
+        seen = self._seen[modality] if chosen.repetition_penalty != 1 else ()
+        token = ids.start + draw(logits[ids.start : ids.stop], chosen, uniform=chance, seen=seen)
+        if self.tokens:
+            self._newest_in_cache = self.tokens[-1]
+        self.tokens.append(token)
+        self._remember(token)
+        self.finish = self._finish(token, schedule, stop_ids)
+        return Step(
+            row=self.number,
+            index=len(self.tokens) - 1,
+            token_id=token,
+            modality=name,
+            text=self._text(token, modality),
+            frame=self._frames.push(token),
+            finish=self.finish,
+        )
+
+    def _finish(self, token: int, schedule: Schedule, stop_ids: frozenset[int]) -> str | None:
+        if token in stop_ids:
+            return "stop"
+        if self.ask(schedule) is None:
+            return "schedule"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    def _text(self, token: int, modality: int) -> str:
+        """Text ids are the first modality's: the tokenizer's range starts at 0."""
+        if self._pieces is None or modality != 0:
+            return ""
+        piece = self._pieces.push(token)
+        goes_on = self.finish is None and self.next_modality == 0
+        return piece if goes_on else piece + self._pieces.flush()
+
+    def _remember(self, token: int) -> None:
+        modality = self.config.modality_of(token)
+        self._seen[modality].add(token - self.config.id_ranges[modality].start)
+
+
+def _ids_of(prompt: Prompt, session: Session) -> list[Sequence[int]]:
+    if isinstance(prompt, str):
+        return [_encode(prompt, session)]
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise InputError(f"a prompt is text, ids, or a batch of either ({type(prompt).__name__} came)")
+    batch = list(prompt)
+    if batch and not isinstance(batch[0], str | Sequence | np.ndarray):
+        return [batch]
+    if not batch:
+        raise InputError("the prompt is empty: give at least one id (a beginning-of-text id, say)")
+    return [_encode(one, session) if isinstance(one, str) else one for one in batch]
+
+
+def _encode(text: str, session: Session) -> list[int]:
+    if session.tokenizer is None:
+        raise InputError("this bundle carries no tokenizer: give the prompt as ids, or export from a checkpoint with one")
+    ids: list[int] = session.tokenizer.encode(text).ids
+    if not ids:
+        raise InputError("the prompt is empty: the tokenizer makes no id of it")
+    return ids
+
+
+def _continue(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Schedule:
+    """Each row goes on in the modality of its prompt's last id."""
+    if len({config.modality_of(prompt[-1]) for prompt in prompts}) == 1:
+        return then(config.modality_names[config.modality_of(prompts[0][-1])])
+    return lambda progress: config.modality_names[config.modality_of(progress.prompt[-1])]
+
+
+def _limits(prompts: Sequence[Sequence[int]], planned: int | None, max_tokens: int | None, config: ModelConfig) -> list[int]:
+    """The most tokens each row may generate."""
+    if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0):
+        raise InputError(f"max_tokens must be a whole number of at least 0 ({max_tokens!r} came)")
+    asked = min((limit for limit in (planned, max_tokens) if limit is not None), default=None)
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + (asked or 0) > config.max_seq_len:
+        raise CapacityError(
+            f"a prompt of {longest} ids and {asked or 0} tokens after it are more than the {config.max_seq_len} positions "
+            "that this model holds per row: shorten the prompt, ask for fewer tokens, or export with a larger --max-seq-len"
+        )
+    return [config.max_seq_len - len(prompt) if asked is None else asked for prompt in prompts]
+
+
+def _sampling_per_row(
+    sampling: SamplingByModality | Sequence[SamplingByModality] | None, count: int, config: ModelConfig
+) -> list[dict[str, Sampling]]:
+    if not isinstance(sampling, Sequence):
+        return [sampling_for(sampling, config)] * count
+    if len(sampling) != count:
+        raise InputError(f"sampling must be one for all rows, or {count}, one per row ({len(sampling)} came)")
+    return [sampling_for(one, config) for one in sampling]

@@ -1,0 +1,104 @@
+"""From a path to a session: which backend runs what lies there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motrt.errors import BackendError, BundleError, CheckpointError, InputError
+from motrt.runtime.bundle import Bundle, is_bundle, open_bundle
+from motrt.runtime.session import Session
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BACKENDS = ("auto", "onnxruntime", "torch")
+
+
+def load(path: str | Path, backend: str = "auto", check: str = "size", num_threads: int = 0) -> Session:
+    """Open a bundle (or, with the torch backend, a native checkpoint) for use.
+
+    Args:
+        path: a bundle's folder; for ``backend="torch"`` also a checkpoint's.
+        backend: ``auto`` takes onnxruntime for a bundle and torch for a checkpoint; ``onnxruntime`` runs on the CPU;
+            ``torch`` is the reference, from the bundle's source checkpoint.
+        check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded.
+        num_threads: for products; 0: one per core. Ignored by torch.
+
+    Returns:
+        A session: a context manager that holds the weights until it is closed.
+
+    Raises:
+        InputError: for another backend or check.
+        BundleError: when the bundle is missing, damaged or newer than this version.
+        CheckpointError: when the torch backend finds no checkpoint.
+        BackendError: when the library that the backend needs is not installed, or can not run the graph.
+    """
+    folder = Path(path)
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)} ({backend!r} came)")
+    if check not in ("size", "hash"):
+        raise InputError(f"check must be 'size' or 'hash' ({check!r} came)")
+    if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
+        return _with_tokenizer(*_torch_session(folder))
+    bundle = open_bundle(folder, check)
+    if backend == "torch":
+        session, tokenizer = _torch_session(source_of(bundle))
+        return _with_tokenizer(session, bundle.tokenizer_path or tokenizer)
+    return _with_tokenizer(onnx_session(bundle, num_threads), bundle.tokenizer_path)
+
+
+def source_of(bundle: Bundle) -> Path:
+    """The folder of the checkpoint that ``bundle`` was exported from, where the manifest says it lay.
+
+    Raises:
+        CheckpointError: when it is no longer there.
+    """
+    source = Path(bundle.manifest.source["path"])
+    if not source.is_dir():
+        raise CheckpointError(f"the checkpoint that this bundle was made of is not at {source} any more: say where it is")
+    return source
+
+
+def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
+    """The bundle's graph in onnxruntime on the CPU, without its tokenizer.
+
+    Raises:
+        BackendError: when onnxruntime is not installed or can not run the graph.
+        BundleError: when the graph is not the one that the manifest describes.
+    """
+    from motrt.runtime.onnx_session import OnnxSession
+
+    if bundle.manifest.precision == "bf16":
+        raise BackendError(
+            "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"
+        )
+    session = OnnxSession(bundle.model_path, bundle.config, num_threads)
+    if session.precision != bundle.manifest.precision:
+        session.close()
+        raise BundleError(f"the graph is {session.precision} and the manifest says {bundle.manifest.precision}: export again")
+    return session
+
+
+def _torch_session(folder: Path) -> tuple[Session, Path | None]:
+    try:
+        from motrt.model_def.checkpoint.native import open_checkpoint
+        from motrt.runtime.torch_session import TorchSession
+    except ImportError as missing:
+        raise BackendError(
+            f"the torch backend needs PyTorch ({missing}): install it with `pip install 'motrt[export]'`"
+        ) from missing
+    checkpoint = open_checkpoint(folder)
+    return TorchSession.open(checkpoint), checkpoint.tokenizer_path
+
+
+def _with_tokenizer(session: Session, path: Path | None) -> Session:
+    session.tokenizer = None if path is None else _read_tokenizer(path)
+    return session
+
+
+def _read_tokenizer(path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as failure:  # tokenizers raises plain Exception
+        raise BundleError(f"{path} is no tokenizer that `tokenizers` can read ({failure}): put the right one there") from None

@@ -1,0 +1,231 @@
+"""What every backend gives: the routed decoder as a session that reads prompts and yields tokens.
+
+A session holds weights and no state of any conversation: caches are made by it, handed in and handed back. It knows
+token ids; text comes in only through the tokenizer that a bundle may carry (``decoding``).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motrt.errors import InputError
+from motrt.model_def.config import ModelConfig
+from motrt.runtime.kv_cache import KVCache, capacity_for
+from motrt.runtime.sampling import SamplingByModality
+from motrt.runtime.schedule import Schedule
+from motrt.runtime.step_inputs import StepInputs, check_inputs, check_prompts, decode_inputs, prefill_inputs
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from motrt.runtime.decoding import Prompt, Step
+
+# New tokens per row and pass: bounds the attention mask and the activations of a long prompt.
+PREFILL_CHUNK = 512
+
+Logits = NDArray[np.float32]
+
+
+class Session(ABC):
+    """A loaded model. Use as a context manager, or call ``close``.
+
+    Attributes:
+        config: what the model is.
+        backend: what runs it, for people: ``onnxruntime (CPU)``.
+        precision: of weights and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
+        tokenizer: turns text into ids and back; None where the bundle carries none.
+    """
+
+    config: ModelConfig
+    backend: str
+    precision: str
+    tokenizer: "Tokenizer | None" = None
+
+    # What a backend writes: four small methods.
+
+    @abstractmethod
+    def make_buffers(self, batch_size: int, capacity: int) -> Any:
+        """Zeroed keys and values of every layer, [b, k, t, d], in the backend's own form."""
+
+    @abstractmethod
+    def grow_buffers(self, buffers: Any, capacity: int) -> Any:
+        """The same contents with room for ``capacity`` positions."""
+
+    @abstractmethod
+    def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        """One pass through the graph, unchecked; the cache's buffers then hold the new keys and values.
+
+        Returns logits [n, v]: float32 (float64 from a float64 reference), memory of the caller's own.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of weights and memory; the session is unusable afterwards."""
+
+    # What every session does with them.
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def new_cache(self, batch_size: int, num_positions: int = 1) -> KVCache:
+        """An empty cache of ``batch_size`` rows with room for at least ``num_positions`` each.
+
+        Raises:
+            InputError: for a batch of no rows.
+            CapacityError: for more positions than the model holds.
+        """
+        if batch_size < 1:
+            raise InputError(f"a batch needs at least one row ({batch_size} came)")
+        capacity = capacity_for(num_positions, self.config.max_seq_len)
+        return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity))
+
+    def reserve(self, cache: KVCache, num_positions: int) -> None:
+        """Make room in every row for ``num_positions``, by buckets; what the cache holds stays.
+
+        Raises:
+            CapacityError: for more than the model's maximum; the cache is then as it was.
+        """
+        if num_positions > cache.capacity:
+            capacity = capacity_for(num_positions, self.config.max_seq_len)
+            cache.buffers = self.grow_buffers(cache.buffers, capacity)
+            cache.capacity = capacity
+
+    def run(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        """One checked pass of the graph contract.
+
+        ``cache.lengths`` stays as it is: what was written counts once the caller says so.
+
+        Returns:
+            Logits [n, v], -inf outside each predicted modality's range.
+
+        Raises:
+            InputError: see ``check_inputs``.
+            CapacityError: when a row would be written past the cache's capacity.
+        """
+        check_inputs(inputs, self.config, cache.batch_size, cache.capacity)
+        return self.execute(inputs, cache)
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        next_modality: str | Sequence[str],
+        *,
+        modality_mask: Sequence[Sequence[int]] | None = None,
+        chunk_size: int = PREFILL_CHUNK,
+    ) -> tuple[Logits, KVCache]:
+        """Read prompts, of different lengths and modalities if need be, into a new cache.
+
+        Args:
+            prompts: per row at least one id.
+            next_modality: the modality predicted behind the prompts' ends: one name for all rows, or one per row.
+            modality_mask: per row the modality of each id, for callers who keep one: it must agree with the ids, which
+                say it by themselves.
+            chunk_size: most new tokens per row in one pass.
+
+        Returns:
+            Logits [b, v] at each prompt's end, and the cache.
+
+        Raises:
+            InputError: for empty prompts, ids or masks out of range, or a mask that contradicts the ids.
+            CapacityError: for prompts longer than the model's maximum; before anything is computed.
+        """
+        rows = check_prompts(prompts, self.config)
+        if modality_mask is not None:
+            self._check_mask(rows, modality_mask)
+        if chunk_size < 1:
+            raise InputError(f"chunk_size must be at least 1 ({chunk_size} came)")
+        predicted = self._modality_indices(next_modality, len(rows))
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        longest = int(lengths.max())
+        cache = self.new_cache(len(rows), longest)
+        logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
+        for start in range(0, longest, chunk_size):
+            stop = min(start + chunk_size, longest)
+            ends_here = (lengths > start) & (lengths <= stop)
+            part = self.run(prefill_inputs(rows, start, stop, predicted, self.config), cache)
+            logits = logits.astype(part.dtype, copy=False)
+            logits[ends_here] = part
+        cache.lengths[:] = lengths
+        return logits, cache
+
+    def decode_step(
+        self,
+        token_ids: Sequence[int],
+        next_modality: str | Sequence[str],
+        cache: KVCache,
+        *,
+        active: Sequence[int] | None = None,
+    ) -> Logits:
+        """Take one more token per row.
+
+        Args:
+            token_ids: [b] the newest id of each row; rows that are not active repeat the id they hold last.
+            next_modality: predicted behind them: one name for all, or one per active row.
+            cache: grown by buckets where it is full.
+            active: numbers of the rows that go on, ascending; None: all.
+
+        Returns:
+            Logits, one row [v] per active row.
+
+        Raises:
+            InputError: for wrong numbers of ids or names, or ids out of range.
+            CapacityError: when an active row already holds the model's maximum; before anything is computed.
+        """
+        rows = np.arange(cache.batch_size) if active is None else np.asarray(active, dtype=np.int64)
+        ids = np.asarray(token_ids)
+        if ids.shape != (cache.batch_size,) or ids.dtype.kind not in "iu":
+            raise InputError(f"token_ids must be {cache.batch_size} whole numbers, one per row ({token_ids!r} came)")
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= cache.batch_size or (np.diff(rows) <= 0).any():
+            raise InputError(f"active must name rows in 0..{cache.batch_size - 1}, ascending ({active!r} came)")
+        if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+            raise InputError(f"token_ids must be in 0..{self.config.vocab_size - 1} ({token_ids!r} came)")
+        if not cache.lengths.all():
+            raise InputError("the cache has rows that hold nothing: prefill them first")
+        predicted = self._modality_indices(next_modality, len(rows))
+        self.reserve(cache, int(cache.lengths[rows].max()) + 1)
+        inputs = decode_inputs(ids.astype(np.int64), cache.lengths, rows.astype(np.int64), predicted, self.config)
+        logits = self.run(inputs, cache)
+        cache.lengths[rows] += 1
+        return logits
+
+    def generate(
+        self,
+        prompt: "Prompt",
+        *,
+        schedule: Schedule | None = None,
+        sampling: SamplingByModality | Sequence[SamplingByModality] | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> "Iterator[Step]":
+        """Say what comes after ``prompt``, a step at a time; see ``decoding.generate``."""
+        from motrt.runtime.decoding import generate
+
+        return generate(self, prompt, schedule=schedule, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
+
+    def _modality_indices(self, names: str | Sequence[str], count: int) -> NDArray[np.int64]:
+        listed = [names] * count if isinstance(names, str) else list(names)
+        if len(listed) != count:
+            raise InputError(f"next_modality must be one name, or {count} names, one per row ({len(listed)} came)")
+        known = self.config.modality_names
+        unknown = sorted({str(name) for name in listed if name not in known})
+        if unknown:
+            raise InputError(f"no modality {', '.join(map(repr, unknown))} in this model: it has {', '.join(known)}")
+        return np.array([known.index(name) for name in listed], dtype=np.int64)
+
+    def _check_mask(self, rows: Sequence[NDArray[np.int64]], modality_mask: Sequence[Sequence[int]]) -> None:
+        if len(modality_mask) != len(rows):
+            raise InputError(f"modality_mask must have one row per prompt, {len(rows)} ({len(modality_mask)} came)")
+        for row, mask in zip(rows, modality_mask, strict=True):
+            marked = np.asarray(mask)
+            if marked.dtype.kind not in "iu" or marked.shape != row.shape:
+                raise InputError(
+                    f"modality_mask must hold one whole number per id, {len(row)} ({marked.dtype}{list(marked.shape)} came)"
+                )
+            inputs = StepInputs(row[None], marked.astype(np.int64)[None], np.zeros(1, np.int64), *[np.empty(0, np.int64)] * 2)
+            check_inputs(inputs, self.config, 1, self.config.max_seq_len)

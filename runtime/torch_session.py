@@ -1,0 +1,52 @@
+"""The reference as a session: the PyTorch decoder itself, from a checkpoint. The one file of this room that needs torch."""
+
+import numpy as np
+import torch
+
+from motrt.model_def.checkpoint.native import Checkpoint
+from motrt.model_def.decoder import Cache, Decoder
+from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.session import Logits, Session
+from motrt.runtime.step_inputs import StepInputs
+
+PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchSession(Session):
+    """A decoder behind the session's calls.
+
+    Args:
+        decoder: in evaluation mode.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.config = decoder.config
+        self.backend = f"torch ({decoder.device})"
+        self.precision = next(name for name, dtype in PRECISIONS.items() if dtype == decoder.dtype)
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, precision: str = "fp32", device: str = "cpu") -> "TorchSession":
+        """Load every weight of ``checkpoint``, converted to ``precision``."""
+        decoder = Decoder.from_tensors(checkpoint.config, checkpoint.read, PRECISIONS[precision], device)
+        return cls(decoder)
+
+    def make_buffers(self, batch_size: int, capacity: int) -> Cache:
+        return self.decoder.new_cache(batch_size, capacity)
+
+    def grow_buffers(self, buffers: Cache, capacity: int) -> Cache:
+        grown = self.decoder.new_cache(buffers[0][0].shape[0], capacity)
+        for old_pair, new_pair in zip(buffers, grown, strict=True):
+            for old, new in zip(old_pair, new_pair, strict=True):
+                new[:, :, : old.shape[2]] = old
+        return grown
+
+    @torch.inference_mode()
+    def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        arguments = [torch.from_numpy(value).to(self.decoder.device) for value in inputs.named().values()]
+        logits, cache.buffers = self.decoder(*arguments, cache.buffers)
+        values: Logits = np.ascontiguousarray(logits.cpu().numpy())
+        return values
+
+    def close(self) -> None:
+        del self.decoder
