@@ -7,7 +7,7 @@ rooms, and that the build script itself, which lies among the package's modules,
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ["model_def", "model_def.checkpoint", "runtime", "export"]
+ROOMS = ["model_def", "model_def.checkpoint", "runtime", "export", "export.parity"]
 NOT_MODULES = {"setup"}
 
 

@@ -1,0 +1,109 @@
+"""The wheel holds the rooms and nothing else, and runs a bundle where neither torch nor onnx is installed.
+
+Needs what pip needs to find packages: an index, or a folder of wheels.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("model_def", "runtime", "export")
+NOT_INSTALLED = ("tests", "benchmarks", "docs")
+FOR_THE_BUILD = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "py.typed")
+
+# What it takes to open a bundle and generate on a CPU: the core's dependencies and the [cpu] extra.
+RUNTIME = ("numpy", "click", "rich", "tokenizers", "onnxruntime")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that must succeed; what it said, if it does not."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} said:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree as a checkout has it, so that building leaves nothing behind in the real one."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in (*ROOMS, *NOT_INSTALLED):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in FOR_THE_BUILD)]:
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def empty_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the programs of a new environment that holds the wheel and what it needs on a CPU."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", folder / "bin" / "python")
+    run(*pip, "install", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]", cwd=folder)
+    return folder / "bin"
+
+
+def test_the_wheel_holds_every_module_of_the_rooms_and_nothing_else(wheel: Path, source: Path) -> None:
+    modules = [path for path in source.glob("*.py") if path.name != "setup.py"]
+    modules += [path for room in ROOMS for path in (source / room).rglob("*.py")]
+    expected = {f"motrt/{path.relative_to(source).as_posix()}" for path in modules} | {"motrt/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
+        assert "Apache License" in archive.read(files["licenses/LICENSE"]).decode()
+        assert "motrt = motrt.cli:main" in archive.read(files["entry_points.txt"]).decode()
+        assert "License-Expression: Apache-2.0" in archive.read(files["METADATA"]).decode()
+
+
+def test_the_core_and_its_cpu_extra_are_all_that_running_a_bundle_takes(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
+    core = {re.split(r"[ <>=;]", line)[0] for line in lines if "extra ==" not in line or 'extra == "cpu"' in line}
+    assert core == set(RUNTIME)
+
+
+def test_setting_up_says_nothing_about_packages_left_out(source: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert [line for line in said.splitlines() if re.search("absent|deprecat|ambiguous", line, re.IGNORECASE)] == []
+
+
+def test_the_installed_program_introduces_itself_without_torch_or_onnx(empty_environment: Path, tmp_path: Path) -> None:
+    assert run(empty_environment / "motrt", "--help", cwd=tmp_path).startswith("Usage: motrt ")
+    code = "import importlib.util as u; print(*[n for n in ('torch', 'onnx', 'safetensors', 'tests') if u.find_spec(n)])"
+    assert run(empty_environment / "python", "-c", code, cwd=tmp_path).split() == []
+
+
+def test_the_installed_program_generates_from_a_bundle(empty_environment: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    command = (empty_environment / "motrt", "generate", tiny_bundle, "--prompt-ids", "1,2,3", "--max-tokens", "4", "--json")
+    document = json.loads(run(*command, cwd=tmp_path).strip().splitlines()[-1])
+    assert document
