@@ -1,13 +1,13 @@
 """Packaging: the repository root *is* the package ``motrt``, so the rooms stand at the top level.
 
 Everything that can be said without code stands in ``pyproject.toml``; this file holds what can not: which folders are
-rooms, and that the build script itself, which lies among the package's modules, is not one of them.
+rooms (the folders within a room come with it), and that the build script itself, which lies among the package's modules, is not one of them.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ["model_def", "model_def.checkpoint", "runtime", "export", "export.parity"]
+ROOMS = ("model_def", "runtime", "export")
 NOT_MODULES = {"setup"}
 
 
@@ -20,8 +20,13 @@ class BuildRooms(build_py):  # type: ignore[misc, unused-ignore]  # untyped wher
         return [triple for triple in found if package != "motrt" or triple[1] not in NOT_MODULES]
 
 
+def rooms() -> list[str]:
+    """Every room and every room within it, as the package calls them."""
+    return [f"motrt.{name}" for name in find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)])]
+
+
 setup(
-    packages=["motrt", *(f"motrt.{room}" for room in ROOMS)],
+    packages=["motrt", *rooms()],
     package_dir={"motrt": "."},
     package_data={"motrt": ["py.typed"]},
     cmdclass={"build_py": BuildRooms},

@@ -258,10 +258,14 @@ def test_every_dependency_has_a_tested_version() -> None:
     assert {"numpy", "torch", "pytest"} <= wanted <= set(constrained)
 
 
-def test_setup_lists_every_room_and_the_rooms_within() -> None:
-    listed = next(
-        node for node in parse(Path("setup.py")).body if isinstance(node, ast.Assign) and "ROOMS" in ast.unparse(node)
-    )
-    folders = {".".join(path.parent.parts) for path in package_files() if path.parent != Path()}
-    assert set(ast.literal_eval(listed.value)) == folders
-    assert [folder for folder in folders if not (ROOT / folder.replace(".", "/") / "__init__.py").is_file()] == []
+def test_every_folder_of_a_room_is_a_package_so_that_the_wheel_holds_it() -> None:
+    folders = {path.parent for path in package_files()}
+    assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def test_every_folder_at_the_root_is_a_room_or_stays_home() -> None:
+    setup = parse(Path("setup.py"))
+    (rooms,) = (node.value for node in setup.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROOMS")
+    assert ast.literal_eval(rooms) == ROOMS
+    with_code = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("[!.]*/**/*.py")}
+    assert with_code - {"build", "dist", "demo"} <= {*ROOMS, "tests", "benchmarks"}
