@@ -1,7 +1,8 @@
 """Packaging: the repository root *is* the package ``motrt``, so the rooms stand at the top level.
 
 Everything that can be said without code stands in ``pyproject.toml``; this file holds what can not: which folders are
-rooms (the folders within a room come with it), and that the build script itself, which lies among the package's modules, is not one of them.
+rooms (the folders within a room come with it), and that the build script itself, which lies among the package's modules,
+is not one of them.
 """
 
 from setuptools import find_packages, setup

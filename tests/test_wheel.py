@@ -34,10 +34,14 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree as a checkout has it, so that building leaves nothing behind in the real one."""
+    """A copy of the tree, so that building leaves nothing behind in the real one; what stays home holds a file each."""
     folder = tmp_path_factory.mktemp("source")
-    for name in (*ROOMS, *NOT_INSTALLED):
+    for name in ROOMS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in NOT_INSTALLED:
+        (folder / name).mkdir()
+        (folder / name / "test_stray.py").touch()
+        (folder / name / "__init__.py").touch()
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in FOR_THE_BUILD)]:
         shutil.copy(path, folder / path.name)
     return folder
