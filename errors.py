@@ -15,6 +15,7 @@ Anything else that escapes is a bug, and keeps its traceback. This file knows no
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class MotrtError(Exception):
@@ -54,7 +55,15 @@ class BackendError(MotrtError):
 
 
 class ParityError(MotrtError):
-    """What runs is not the model: the parity gate said FAIL."""
+    """What runs is not the model: the parity gate said FAIL.
+
+    Attributes:
+        report: the gate's report, as plain JSON values.
+    """
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def raise_all(error: type[MotrtError], heading: str, problems: Sequence[str]) -> None:

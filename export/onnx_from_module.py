@@ -23,26 +23,20 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from motrt.errors import ExportError
 from motrt.export.example_inputs import dynamic_shapes, example_inputs
+from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.operators import OPSET, rope_tables
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import Signature
+from motrt.runtime.bundle import MODEL_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
 # Tensors smaller than this stay inside model.onnx: scalars and shapes that readers want to see.
 SMALLEST_EXTERNAL_BYTES = 1024
-
-TORCH_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 def trace(config: ModelConfig, dtype: str) -> ir.Model:

@@ -70,7 +70,8 @@ class OnnxSession(Session):
         options.intra_op_num_threads = num_threads
         if overrides:
             values = [ort.OrtValue.ortvalue_from_numpy(value) for value in overrides.values()]
-            options.add_external_initializers(list(overrides), values)
+            for name, value in zip(overrides, values, strict=True):
+                options.add_initializer(name, value)
             self._overrides = (overrides, values)  # onnxruntime keeps pointers into them
         try:
             self._session = ort.InferenceSession(model, options, providers=[CPU])

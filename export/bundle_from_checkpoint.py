@@ -1,0 +1,222 @@
+"""``motrt export`` and ``motrt verify``: from a checkpoint to a bundle that is proven, or to none at all.
+
+The story of an export is ``export_bundle``, from top to bottom. It is written beside its place and moved there whole;
+whatever goes wrong on the way, a failed proof included, leaves nothing.
+"""
+
+import logging
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch import Tensor
+
+from motrt.errors import BackendError, CheckpointError, ExportError, ParityError
+from motrt.export.onnx_check import check_onnx
+from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
+from motrt.export.parity.findings import Outcome, Report
+from motrt.export.parity.gate import Subject, climb
+from motrt.export.steps import Advance, Steps
+from motrt.model_def.atomic_folder import new_folder
+from motrt.model_def.checkpoint.container import TORCH_DTYPES
+from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.head_surgery import Read, with_head
+from motrt.model_def.health import diagnose, refuse_untrained
+from motrt.model_def.parameters import parameters
+from motrt.runtime.bundle import (
+    DTYPE_OF_PRECISION,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Bundle,
+    FileRecord,
+    Manifest,
+    open_bundle,
+    record_files,
+    write_manifest,
+)
+from motrt.runtime.load import source_of
+
+logger = logging.getLogger(__name__)
+
+EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
+PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+
+# The rotary tables hold every position; beyond this they would be larger than the model.
+LONGEST_SEQUENCE = 1 << 20
+
+_GRAPH_BYTES = 8 << 20  # more than model.onnx, manifest and tables ever take
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        bundle: the finished bundle.
+        report: the gate's, or None where it was not run.
+        seconds: of each step, by title.
+    """
+
+    bundle: Bundle
+    report: Report | None
+    seconds: dict[str, float]
+
+
+def export_bundle(
+    checkpoint_path: str | Path,
+    out: str | Path,
+    precision: str = "fp32",
+    max_seq_len: int | None = None,
+    allow_untrained: bool = False,
+    verify: bool = True,
+    steps: Steps | None = None,
+) -> Exported:
+    """Trace, check, prove, and write a bundle.
+
+    Args:
+        checkpoint_path: a native checkpoint's folder.
+        out: the bundle's folder; it must not exist.
+        precision: ``fp32``, ``fp16`` or ``bf16``, of weights, activations and cache.
+        max_seq_len: most positions per row; None: the checkpoint's.
+        allow_untrained: go on though a modality's rows were never trained.
+        verify: climb the parity ladder before the bundle is made.
+        steps: told of progress.
+
+    Raises:
+        CheckpointError: for a checkpoint that is not whole, or holds NaN.
+        UntrainedRowsError: naming rows of a modality that was never trained.
+        ExportError: where the graph can not be made or is not the one asked for, or ``out`` can not be written.
+        ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
+    """
+    steps, out = steps or Steps(), Path(out)
+    checkpoint = open_checkpoint(checkpoint_path)
+    config, read = _as_exported(checkpoint, max_seq_len)
+    _refuse_what_can_not_be(precision, verify)
+    num_bytes = sum(one.numel for one in parameters(config)) * TORCH_DTYPES[DTYPE_OF_PRECISION[precision]].itemsize
+    with new_folder(out, num_bytes + _GRAPH_BYTES, ExportError) as folder:
+        with steps.step("look at the weights", checkpoint.num_bytes) as advance:
+            refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
+        with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
+            source = {"path": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256(advance)}
+        dtype = DTYPE_OF_PRECISION[precision]
+        with steps.step("trace the graph"):
+            model = trace(config, dtype)
+            attach_weights(model, config, dtype, read)
+        with steps.step("write the weights", num_bytes) as advance:
+            write_onnx(model, folder, advance)
+            if checkpoint.tokenizer_path is not None:
+                shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER_FILE)
+        with steps.step("check the graph"):
+            operators = check_onnx(folder / MODEL_FILE, config, dtype)
+        with steps.step("hash the bundle", num_bytes) as advance:
+            files = record_files(folder, advance)
+        report = _prove(folder, config, precision, files, checkpoint, steps) if verify else None
+        manifest = Manifest(
+            config=config,
+            precision=precision,
+            files=files,
+            source=source,
+            versions=_versions(),
+            parity=None if report is None else report.to_dict(),
+            operators=operators,
+        )
+        write_manifest(folder, manifest)
+    return Exported(open_bundle(out), report, steps.seconds)
+
+
+def verify_bundle(
+    path: str | Path, checkpoint_path: str | Path | None = None, steps: Steps | None = None, num_threads: int = 0
+) -> Report:
+    """Climb the parity ladder with a finished bundle, every byte of it read first.
+
+    Args:
+        path: the bundle.
+        checkpoint_path: what it was made of; None: where the manifest says that lay.
+        steps: told of progress.
+        num_threads: onnxruntime's; 0: one per core.
+
+    Raises:
+        BundleError: for a bundle that is damaged.
+        CheckpointError: when the checkpoint is not there, or is not the one that the bundle was made of.
+        BackendError: when nothing here can run the bundle.
+    """
+    steps = steps or Steps()
+    total = sum(one.stat().st_size for one in Path(path).iterdir()) if Path(path).is_dir() else 0
+    with steps.step("hash the bundle", total) as advance:
+        bundle = open_bundle(path, "hash", advance)
+    _refuse_what_can_not_be(bundle.manifest.precision, verify=True)
+    checkpoint = open_checkpoint(source_of(bundle) if checkpoint_path is None else checkpoint_path)
+    with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
+        came = checkpoint.sha256(advance)
+    if came != bundle.manifest.source["sha256"]:
+        raise CheckpointError(
+            f"{checkpoint.path} is not the checkpoint that {bundle.path} was made of (its hash differs): "
+            "name the right one with --checkpoint, or export again"
+        )
+    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    subject = Subject(bundle.model_path, bundle.config, bundle.manifest.precision, files)
+    return climb(subject, checkpoint, steps, num_threads)
+
+
+def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[ModelConfig, Read]:
+    """The configuration and weights that the graph gets.
+
+    A shared head is cut into split ones, exactly: filtering makes the other rows dead weight, and an audio step would
+    read 127 times more of them. A tied head stays the embedding table: cutting it would store it twice.
+    """
+    config, read = checkpoint.config, checkpoint.read
+    if len(config.modalities) > 1 and not config.tied_embeddings:
+        config, read = with_head(config, read, "split")
+    if max_seq_len is not None:
+        if not 1 <= max_seq_len <= LONGEST_SEQUENCE:
+            raise ExportError(f"--max-seq-len must be in 1..{LONGEST_SEQUENCE} ({max_seq_len} came)")
+        if max_seq_len > config.max_seq_len:
+            logger.warning("%d positions are more than the %d of the checkpoint", max_seq_len, config.max_seq_len)
+        config = config.replace(max_seq_len=max_seq_len)
+    return config, read
+
+
+def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
+    if precision not in EXPORT_PRECISIONS:
+        raise ExportError(f"precision must be one of {', '.join(EXPORT_PRECISIONS)} ({precision!r} came)")
+    if verify and precision == "bf16":
+        raise BackendError(
+            "a bf16 bundle can not be verified here: onnxruntime's CPU kernels have no bfloat16. Export it with --no-verify "
+            "and verify it where a backend runs it, or choose --precision fp32 or fp16"
+        )
+
+
+def _prove(
+    folder: Path, config: ModelConfig, precision: str, files: dict[str, FileRecord], checkpoint: Checkpoint, steps: Steps
+) -> Report:
+    hashes = {name: record.sha256 for name, record in files.items()}
+    report = climb(Subject(folder / MODEL_FILE, config, precision, hashes), checkpoint, steps)
+    if report.verdict is Outcome.FAIL:
+        failed = [f"{one.rung} {one.question}: {one.detail}" for one in report.findings if one.outcome is Outcome.FAIL]
+        message = "\n  - ".join(["what was exported is not the model, so no bundle was made:", *failed])
+        raise ParityError(message, report.to_dict())
+    return report
+
+
+def _counting(read: Read, advance: Advance) -> Read:
+    def counted(name: str) -> Tensor:
+        value = read(name)
+        advance(value.nbytes)
+        return value
+
+    return counted
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    return found | {name: _version_of(name) for name in PACKAGES}
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

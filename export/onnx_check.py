@@ -1,0 +1,127 @@
+"""Is the ONNX file the graph that was asked for? Each question on its own, each answered with sentences.
+
+The exporter asks before a bundle is made, the parity gate asks again of a finished one.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from motrt.errors import ExportError, raise_all
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.parameters import parameters
+from motrt.model_def.signature import Signature, TensorSpec
+
+_BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
+
+
+def check_onnx(model_file: Path, config: ModelConfig, dtype: str) -> dict[str, int]:
+    """Ask every question.
+
+    Args:
+        model_file: ``model.onnx``, its external data beside it.
+        config: what the graph should compute.
+        dtype: of weights and cache.
+
+    Returns:
+        The operator census: how many of each operator.
+
+    Raises:
+        ExportError: for the first question that is not answered well, with all its problems.
+    """
+    try:
+        onnx.checker.check_model(model_file, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as failure:
+        raise ExportError(f"{model_file} is no valid ONNX: {failure}") from failure
+    model = onnx.load(model_file, load_external_data=False)
+    signature = Signature.canonical(config, dtype)
+    raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
+    raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype))
+    raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config))
+    raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
+    return census(model)
+
+
+def contract_problems(model: onnx.ModelProto, signature: Signature) -> list[str]:
+    """Names, dtypes and dims, symbolic ones included, against the signature."""
+    return signature.differences(_specs(model.graph.input), _specs(model.graph.output))
+
+
+def weight_problems(model: onnx.ModelProto, config: ModelConfig, dtype: str) -> list[str]:
+    """Every parameter must be an initializer of its name, shape and dtype, and some node must read it."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = {name for node in model.graph.node for name in node.input}
+    expected_type = _TENSOR_DTYPES[dtype]
+    problems = []
+    for parameter in parameters(config):
+        tensor = stored.get(parameter.name)
+        if tensor is None:
+            problems.append(f"{parameter.name} is missing")
+        elif tuple(tensor.dims) != parameter.shape or tensor.data_type != expected_type:
+            came = f"{TensorProto.DataType.Name(tensor.data_type).lower()}{list(tensor.dims)}"
+            problems.append(f"{parameter.name} should be {dtype}{list(parameter.shape)} ({came} came)")
+        elif parameter.name not in read:
+            problems.append(f"{parameter.name} is stored and nothing reads it")
+    return problems
+
+
+def census(model: onnx.ModelProto) -> dict[str, int]:
+    """How many of each operator, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
+    """Standard operators only, no branches, and as many of the telling ones as the model has parts."""
+    problems = [
+        f"{node.op_type} ({node.name}) is of domain {node.domain!r}, not a standard operator"
+        for node in model.graph.node
+        if node.domain not in ("", "ai.onnx")
+    ]
+    counts = census(model)
+    problems += [f"{counts[branch]} x {branch}: the graph should have no branches" for branch in _BRANCHES if branch in counts]
+    layers = config.num_layers
+    norms = 2 * layers + 1 + (2 * layers * len(config.attention_routes) if config.qk_norm else 0)
+    products = sum(len(parameter.shape) == 2 and parameter.part in ("attention", "expert") for parameter in parameters(config))
+    heads = len(config.modalities) if config.head == "split" else 1
+    expected = {
+        "Attention": layers,
+        "TensorScatter": 2 * layers,
+        "RotaryEmbedding": 2 * layers,
+        "RMSNormalization": norms,
+        "Gemm": products + heads,
+    }
+    counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
+    return problems + [
+        f"{counts.get(name, 0)} x {name}, {count} were expected"
+        for name, count in expected.items()
+        if counts.get(name, 0) != count
+    ]
+
+
+def location_problems(model: onnx.ModelProto) -> list[str]:
+    """All external data lie in one file beside the model."""
+    locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    return [] if len(locations) == 1 and "/" not in "".join(locations) else [f"found: {', '.join(sorted(locations)) or 'none'}"]
+
+
+_TENSOR_DTYPES = {
+    "float64": TensorProto.DOUBLE,
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+}
+_DTYPE_NAMES = {number: name for name, number in _TENSOR_DTYPES.items()}
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, _DTYPE_NAMES.get(tensor.elem_type, str(tensor.elem_type)), dims)

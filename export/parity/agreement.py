@@ -1,0 +1,79 @@
+"""P4: does a backend's file compute the reference's logits, per modality and per kind of position, over many steps?"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from motrt.export.parity.findings import Finding, Outcome
+from motrt.export.parity.generation import near_tie_margin
+from motrt.export.parity.metrics import RowDifference, compare_rows, summary
+from motrt.export.parity.scenarios import Observation, Scenario, observe
+from motrt.export.parity.tolerances import relative_l2_limit
+from motrt.runtime.session import Session
+
+RUNG = "P4"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One position of one scenario, both answers compared."""
+
+    scenario: str
+    observation: Observation
+    difference: RowDifference
+
+
+def compare(session: Session, references: Sequence[tuple[Scenario, Sequence[Observation]]]) -> list[Compared]:
+    """Feed every scenario to ``session`` and compare with what the reference said."""
+    found = []
+    for scenario, expected in references:
+        for reference, came in zip(expected, observe(session, scenario), strict=True):
+            found.append(Compared(scenario.name, came, compare_rows(reference.logits, came.logits)))
+    return found
+
+
+def noise_of(compared: Sequence[Compared]) -> float:
+    """The measured error of a logit, as a standard deviation, over everything that was compared."""
+    return sqrt(float(np.mean([one.difference.mean_square for one in compared])))
+
+
+def agreement_findings(session: Session, compared: Sequence[Compared]) -> list[Finding]:
+    """One finding per predicted modality and kind of position."""
+    groups: dict[tuple[int, str], list[Compared]] = defaultdict(list)
+    for one in compared:
+        groups[one.observation.predicted, one.observation.phase].append(one)
+    limit = relative_l2_limit(session.config, session.precision)
+    noise = noise_of(compared)
+    return [
+        _judge(f"{session.config.modality_names[modality]}, {phase}", group, limit, noise)
+        for (modality, phase), group in sorted(groups.items())
+    ]
+
+
+def _judge(question: str, group: Sequence[Compared], limit: float, noise: float) -> Finding:
+    differences = [one.difference for one in group]
+    figures = {**summary(differences), "limit": limit, "noise": noise}
+    worst = max(group, key=lambda one: one.difference.relative_l2)
+    if not worst.difference.relative_l2 <= limit:
+        detail = f"relative L2 {worst.difference.relative_l2:.3g} over {limit:.3g}, {_place(worst)}"
+        return Finding(RUNG, question, Outcome.FAIL, detail, figures)
+    leaks = [one for one in group if one.observation.leaked]
+    if leaks:
+        detail = f"{leaks[0].observation.leaked} ids outside the range are not -inf, {_place(leaks[0])}"
+        return Finding(RUNG, question, Outcome.FAIL, detail, figures)
+    flips = [one for one in group if not one.difference.same_top_1]
+    clear = [one for one in flips if one.difference.margin > near_tie_margin(noise)]
+    if clear:
+        detail = f"another best id in spite of a margin of {clear[0].difference.margin:.3g}, {_place(clear[0])}"
+        return Finding(RUNG, question, Outcome.FAIL, detail, figures)
+    if flips:
+        detail = f"{len(flips)} near-ties fell the other way (margins up to {max(o.difference.margin for o in flips):.3g})"
+        return Finding(RUNG, question, Outcome.AMBIGUOUS, detail, figures)
+    return Finding(RUNG, question, Outcome.PASS, "", figures)
+
+
+def _place(one: Compared) -> str:
+    return f"in '{one.scenario}', row {one.observation.row}, position {one.observation.position}"

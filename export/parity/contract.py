@@ -1,0 +1,76 @@
+"""P1: do module, ONNX file and session agree on names, dtypes, dims, and on every weight, bit for bit?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+
+from motrt.export.onnx_check import census_problems, contract_problems, location_problems, weight_problems
+from motrt.export.parity.findings import Finding, judged
+from motrt.export.steps import Advance
+from motrt.model_def.checkpoint.container import TORCH_DTYPES
+from motrt.model_def.checkpoint.native import Checkpoint
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.decoder import Decoder
+from motrt.model_def.head_surgery import with_head
+from motrt.model_def.parameters import parameters
+from motrt.model_def.signature import Signature
+
+RUNG = "P1"
+MOST_NAMED = 5
+
+
+def contract_findings(
+    model_file: Path, config: ModelConfig, dtype: str, checkpoint: Checkpoint, advance: Advance
+) -> list[Finding]:
+    """Ask P1 of ``model_file``; ``advance`` is told the bytes of each weight compared."""
+    model = onnx.load(model_file, load_external_data=False)
+    return [
+        judged(RUNG, "module has the parameters of its configuration", _module_problems(config)),
+        judged(RUNG, "graph keeps the contract", contract_problems(model, Signature.canonical(config, dtype))),
+        judged(RUNG, "every weight is in the graph and read", weight_problems(model, config, dtype)),
+        judged(RUNG, "operators are standard and as many as the model has parts", census_problems(model, config)),
+        judged(RUNG, "external data are one file", location_problems(model)),
+        _weights_finding(model, model_file.parent, config, dtype, checkpoint, advance),
+    ]
+
+
+def _module_problems(config: ModelConfig) -> list[str]:
+    with torch.device("meta"):
+        state = {name: tuple(value.shape) for name, value in Decoder(config).state_dict().items()}
+    expected = {parameter.name: parameter.shape for parameter in parameters(config)}
+    return [f"{name}: {state.get(name)} against {expected.get(name)}" for name in state.keys() | expected.keys()
+            if state.get(name) != expected.get(name)]  # fmt: skip
+
+
+def _weights_finding(
+    model: onnx.ModelProto, folder: Path, config: ModelConfig, dtype: str, checkpoint: Checkpoint, advance: Advance
+) -> Finding:
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    _, read = with_head(checkpoint.config, checkpoint.read, config.head)
+    different, compared = [], 0
+    for parameter in parameters(config):
+        expected = _bytes(read(parameter.name).to(TORCH_DTYPES[dtype]))
+        tensor = stored.get(parameter.name)
+        if tensor is None or not np.array_equal(expected, stored_bytes(tensor, folder)):
+            different.append(parameter.name)
+        compared += 1
+        advance(expected.nbytes)
+    problems = [f"{len(different)} of {compared} differ: {', '.join(different[:MOST_NAMED])}"] if different else []
+    return judged(RUNG, "every weight equals the checkpoint's, bit for bit", problems, weights=compared)
+
+
+def _bytes(value: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return value.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of one initializer, from the model or from its external data."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return np.frombuffer(onnx.numpy_helper.to_array(tensor).tobytes(), np.uint8)
+    entry = {item.key: item.value for item in tensor.external_data}
+    file = folder / Path(entry["location"]).name
+    return np.fromfile(file, np.uint8, count=int(entry["length"]), offset=int(entry.get("offset", 0)))

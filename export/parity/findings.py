@@ -1,0 +1,88 @@
+"""What the ladder finds, and the verdict that follows from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Outcome(str, Enum):
+    """PASS, AMBIGUOUS (a near-tie that noise may decide), FAIL, or SKIPPED (with the reason)."""
+
+    PASS = "PASS"
+    AMBIGUOUS = "AMBIGUOUS"
+    FAIL = "FAIL"
+    SKIPPED = "SKIPPED"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer.
+
+    Attributes:
+        rung: ``P1`` to ``P5``.
+        question: what was asked.
+        outcome: the answer.
+        detail: the sentence that goes with it: what differs and where, or why it was not asked.
+        figures: numbers behind it, by name.
+    """
+
+    rung: str
+    question: str
+    outcome: Outcome
+    detail: str = ""
+    figures: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rung": self.rung,
+            "question": self.question,
+            "outcome": self.outcome.value,
+            "detail": self.detail,
+            "figures": dict(self.figures),
+        }
+
+
+def judged(rung: str, question: str, problems: Sequence[str], good: str = "", **figures: float | int | str) -> Finding:
+    """PASS where there is no problem, FAIL naming them otherwise."""
+    if problems:
+        return Finding(rung, question, Outcome.FAIL, "; ".join(problems), figures)
+    return Finding(rung, question, Outcome.PASS, good, figures)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every finding of one climb.
+
+    Attributes:
+        backend: what was examined.
+        reference: what it was compared with.
+        findings: in the order they were made.
+        seconds: of wall time.
+        files: sha256 by name, of the very files that were examined.
+    """
+
+    backend: str
+    reference: str
+    findings: tuple[Finding, ...]
+    seconds: float
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Outcome:
+        """FAIL if anything failed, else AMBIGUOUS if anything was, else PASS."""
+        outcomes = {finding.outcome for finding in self.findings}
+        for worst in (Outcome.FAIL, Outcome.AMBIGUOUS):
+            if worst in outcomes:
+                return worst
+        return Outcome.PASS
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict.value,
+            "backend": self.backend,
+            "reference": self.reference,
+            "seconds": round(self.seconds, 2),
+            "files": dict(self.files),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }

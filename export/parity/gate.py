@@ -1,0 +1,131 @@
+"""Climb the ladder, rung by rung, and say whether what runs is the model.
+
+The reference runs first and is let go before the backend is loaded: only one set of weights is in memory at a time.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from motrt.export.parity.agreement import agreement_findings, compare, noise_of
+from motrt.export.parity.consistency import consistency_findings
+from motrt.export.parity.contract import contract_findings, stored_bytes
+from motrt.export.parity.findings import Finding, Report
+from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
+from motrt.export.parity.routing_laws import absence_finding, law_findings, swap_finding
+from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
+from motrt.export.steps import Steps
+from motrt.model_def.checkpoint.native import Checkpoint
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.decoder import Decoder
+from motrt.model_def.parameters import parameters
+from motrt.runtime.bundle import DTYPE_OF_PRECISION
+from motrt.runtime.onnx_session import OnnxSession
+from motrt.runtime.session import Session
+from motrt.runtime.torch_session import PRECISIONS, TorchSession
+
+# Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
+LARGEST_FLOAT64_REFERENCE = 10_000_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: one ONNX file and what it claims to compute.
+
+    Attributes:
+        model_file: ``model.onnx``, its external data beside it.
+        config: what the graph computes.
+        precision: of its weights and cache.
+        files: sha256 by name of the files examined, for the report.
+    """
+
+    model_file: Path
+    config: ModelConfig
+    precision: str
+    files: Mapping[str, str]
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_OF_PRECISION[self.precision]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the reference said to everything that will be asked."""
+
+    name: str
+    scenarios: tuple[tuple[Scenario, list[Observation]], ...]
+    plans: tuple[tuple[Plan, Greedy], ...]
+
+
+def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0) -> Report:
+    """P1 to P5 for onnxruntime on the CPU against PyTorch.
+
+    Args:
+        subject: what is examined.
+        checkpoint: what it was made of.
+        steps: told of progress.
+        num_threads: onnxruntime's; 0: one per core.
+    """
+    started = time.perf_counter()
+    with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
+        findings = contract_findings(subject.model_file, subject.config, subject.dtype, checkpoint, advance)
+    with steps.step("reference in PyTorch"):
+        expected = reference(subject.config, checkpoint)
+    with OnnxSession(subject.model_file, subject.config, num_threads) as session:
+        with steps.step("P2 self-consistency"):
+            findings += consistency_findings(session)
+        with steps.step("P3 routing laws"):
+            findings += law_findings(session) + _laws_of_weights(session, subject, num_threads)
+        with steps.step("P4 agreement with the reference"):
+            compared = compare(session, expected.scenarios)
+            findings += agreement_findings(session, compared)
+        with steps.step("P5 generation"):
+            findings += generation_findings(session, expected.plans, noise_of(compared))
+        backend = session.backend
+    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files)
+
+
+def reference(config: ModelConfig, checkpoint: Checkpoint) -> Expectation:
+    """Ask the PyTorch decoder everything, then let go of it."""
+    size = sum(parameter.numel for parameter in parameters(config))
+    precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
+    # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
+    original = checkpoint.config.replace(max_seq_len=config.max_seq_len)
+    decoder = Decoder.from_tensors(original, checkpoint.read, PRECISIONS[precision])
+    with TorchSession(decoder) as session:
+        return ask(session)
+
+
+def ask(session: Session) -> Expectation:
+    """Everything that P4 and P5 will want to know."""
+    return Expectation(
+        name=f"{session.backend}, {session.precision}",
+        scenarios=tuple((scenario, observe(session, scenario)) for scenario in scenarios(session.config)),
+        plans=tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(session.config)),
+    )
+
+
+def _laws_of_weights(session: Session, subject: Subject, num_threads: int) -> list[Finding]:
+    """The laws that are seen by replacing weights; one modality has none to leave out."""
+    if len(subject.config.modalities) < 2:
+        return []
+    dtype = np.dtype(subject.dtype)
+
+    def open_with(weights: Mapping[str, np.ndarray[Any, Any]]) -> Session:
+        return OnnxSession(subject.model_file, subject.config, num_threads, overrides=dict(weights))
+
+    stored = {one.name: one for one in onnx.load(subject.model_file, load_external_data=False).graph.initializer}
+
+    def read(name: str) -> np.ndarray[Any, Any]:
+        tensor = stored[name]
+        return stored_bytes(tensor, subject.model_file.parent).view(dtype).reshape(tuple(tensor.dims)).copy()
+
+    modalities = range(len(subject.config.modalities))
+    absence = [absence_finding(session, open_with, modality, dtype) for modality in modalities]
+    return [*absence, swap_finding(session, open_with, read)]

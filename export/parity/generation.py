@@ -1,0 +1,112 @@
+"""P5: do both say the same, greedily, over many steps and change-overs? The first divergence decides.
+
+A divergence where the reference itself hardly preferred its choice (a margin below the measured noise) is AMBIGUOUS:
+rounding may fall either way there. Anything else is FAIL.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from motrt.export.parity.findings import Finding, Outcome
+from motrt.export.parity.tolerances import NEAR_TIE_DEVIATIONS
+from motrt.model_def.config import ModelConfig
+from motrt.runtime.schedule import Progress
+from motrt.runtime.session import Logits, Session
+
+RUNG = "P5"
+NUM_TOKENS, RUN_LENGTH, PROMPT_LENGTH = 32, 8, 12
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """What a session said greedily.
+
+    Attributes:
+        tokens: unified ids.
+        margins: by how much each led the runner-up of its range.
+        rms: root mean square of each row of logits within its range.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+    rms: list[float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prompt, and the modality of each token after it."""
+
+    name: str
+    prompt: list[int]
+    modalities: list[int]
+
+
+def plans(config: ModelConfig, seed: int = 5) -> list[Plan]:
+    """A prompt of each modality, then runs of all modalities in turn, beginning with another than the prompt's."""
+    chance = np.random.default_rng(seed)
+    length = min(PROMPT_LENGTH, config.max_seq_len // 4)
+    count = min(NUM_TOKENS, config.max_seq_len - length)
+    found = []
+    for first, ids in enumerate(config.id_ranges):
+        modalities = [(first + 1 + index // RUN_LENGTH) % len(config.modalities) for index in range(count)]
+        prompt = chance.integers(ids.start, ids.stop, size=length).tolist()
+        found.append(Plan(f"after a prompt of {config.modality_names[first]}", prompt, modalities))
+    return found
+
+
+def near_tie_margin(noise: float) -> float:
+    """The largest margin that logits with errors of standard deviation ``noise`` may overturn."""
+    return NEAR_TIE_DEVIATIONS * noise
+
+
+def greedy(session: Session, prompt: Sequence[int], modalities: Sequence[int]) -> Greedy:
+    """Decode one row greedily, token i of modality ``modalities[i]``, and keep the margins."""
+    names = [session.config.modality_names[index] for index in modalities]
+    said = Greedy([], [], [])
+    logits, cache = session.prefill([prompt], names[0])
+    for index, modality in enumerate(modalities):
+        _say(said, logits, session.config.id_ranges[modality])
+        if index + 1 < len(modalities):
+            logits = session.decode_step(said.tokens[-1:], names[index + 1], cache)
+    return said
+
+
+def _say(said: Greedy, logits: Logits, ids: range) -> None:
+    inside = logits[0, ids.start : ids.stop]
+    best = int(np.argmax(inside))
+    others = np.delete(inside, best)
+    said.tokens.append(ids.start + best)
+    said.margins.append(float(inside[best] - others.max()) if len(others) else float("inf"))
+    said.rms.append(float(np.sqrt(np.mean(np.square(inside, dtype=np.float64)))))
+
+
+def generation_findings(session: Session, references: Sequence[tuple[Plan, Greedy]], noise: float) -> list[Finding]:
+    """Let ``session`` generate each plan through the product's own loop, and compare with the reference's tokens.
+
+    Args:
+        session: what is examined.
+        references: each plan with what the reference said.
+        noise: the measured error of a logit, as a standard deviation.
+    """
+    return [_compared(session, plan, expected, noise) for plan, expected in references]
+
+
+def _compared(session: Session, plan: Plan, expected: Greedy, noise: float) -> Finding:
+    names = session.config.modality_names
+
+    def schedule(progress: Progress) -> str | None:
+        done = len(progress.tokens)
+        return names[plan.modalities[done]] if done < len(plan.modalities) else None
+
+    came = [step.token_id for step in session.generate(plan.prompt, schedule=schedule)]
+    question = f"greedy tokens agree {plan.name}"
+    matched = next((i for i, (a, b) in enumerate(zip(expected.tokens, came, strict=False)) if a != b), len(came))
+    figures = {"tokens": len(expected.tokens), "matched": matched, "noise": noise}
+    if matched == len(expected.tokens):
+        return Finding(RUNG, question, Outcome.PASS, "", figures)
+    margin = expected.margins[matched]
+    detail = f"differs from token {matched} on: {expected.tokens[matched]} expected with a margin of {margin:.3g}"
+    outcome = Outcome.AMBIGUOUS if matched < len(came) and margin <= near_tie_margin(noise) else Outcome.FAIL
+    return Finding(RUNG, question, outcome, detail, {**figures, "margin": margin})

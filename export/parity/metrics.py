@@ -1,0 +1,96 @@
+"""How two rows of logits differ. Plain numpy; knows nothing of models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motrt.export.parity.tolerances import TOP_K
+
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class RowDifference:
+    """One row of logits against the reference's, both cut to the predicted modality's range.
+
+    Attributes:
+        max_abs: largest difference.
+        mean_abs: mean difference.
+        mean_square: mean of the squared differences.
+        relative_l2: |came - expected| / |expected|; the gate.
+        cosine: of the two rows.
+        kl: Kullback-Leibler divergence of the softmaxes, expected from came, in nats.
+        margin: by how much the reference's best logit leads its second.
+        same_top_1: whether the best ids agree.
+        top_k_overlap: share of the reference's k best ids among the others' k best.
+    """
+
+    max_abs: float
+    mean_abs: float
+    mean_square: float
+    relative_l2: float
+    cosine: float
+    kl: float
+    margin: float
+    same_top_1: bool
+    top_k_overlap: float
+
+
+def compare_rows(expected: Floats, came: Floats) -> RowDifference:
+    """Every measure of one row. A row with NaN or infinity differs infinitely."""
+    wanted, got = expected.astype(np.float64), came.astype(np.float64)
+    order = _largest(wanted, 2)
+    margin = float(wanted[order[0]] - wanted[order[1]]) if len(wanted) > 1 else float("inf")
+    if not np.isfinite(got).all():
+        worst = float("inf")
+        return RowDifference(worst, worst, worst, worst, 0.0, worst, margin, False, 0.0)
+    difference = got - wanted
+    norm, other = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
+    k = min(TOP_K, len(wanted))
+    overlap = len(np.intersect1d(_largest(wanted, k), _largest(got, k))) / k
+    return RowDifference(
+        max_abs=float(np.abs(difference).max()),
+        mean_abs=float(np.abs(difference).mean()),
+        mean_square=float(np.square(difference).mean()),
+        relative_l2=float(np.linalg.norm(difference)) / max(norm, 1e-30),
+        cosine=float(wanted @ got) / max(norm * other, 1e-30),
+        kl=_kl(wanted, got),
+        margin=margin,
+        same_top_1=int(order[0]) == int(np.argmax(got)),
+        top_k_overlap=overlap,
+    )
+
+
+def summary(rows: Sequence[RowDifference]) -> dict[str, float | int]:
+    """The worst or mean of every measure over many rows."""
+    return {
+        "rows": len(rows),
+        "relative_l2_max": max(row.relative_l2 for row in rows),
+        "max_abs": max(row.max_abs for row in rows),
+        "mean_abs": float(np.mean([row.mean_abs for row in rows])),
+        "cosine_min": min(row.cosine for row in rows),
+        "kl_max": max(row.kl for row in rows),
+        "top_1_agreement": float(np.mean([row.same_top_1 for row in rows])),
+        "top_k_overlap_min": min(row.top_k_overlap for row in rows),
+    }
+
+
+def _largest(row: Floats, k: int) -> NDArray[np.intp]:
+    if len(row) <= k:
+        return np.argsort(-row, kind="stable")
+    best = np.argpartition(-row, k)[:k]
+    return best[np.argsort(-row[best], kind="stable")]
+
+
+def _kl(wanted: Floats, got: Floats) -> float:
+    log_p, log_q = _log_softmax(wanted), _log_softmax(got)
+    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
+
+
+def _log_softmax(row: Floats) -> Floats:
+    shifted = row - row.max()
+    result: Floats = shifted - np.log(np.exp(shifted).sum())
+    return result

@@ -1,0 +1,161 @@
+"""P3: laws that hold for any routed decoder, whatever its weights.
+
+An absent modality's weights are never read (they are poisoned with NaN to see); experts swapped and masks flipped give
+the same; a later token changes no earlier logit; filtered ids never leave their range.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from motrt.export.parity.findings import Finding, Outcome, judged
+from motrt.export.parity.metrics import compare_rows
+from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
+from motrt.export.parity.tolerances import relative_l2_limit
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.parameters import Parameter, parameters
+from motrt.runtime.session import Logits, Session
+from motrt.runtime.step_inputs import StepInputs
+
+RUNG = "P3"
+Weights = Mapping[str, np.ndarray[Any, Any]]
+OpenWith = Callable[[Weights], Session]
+
+NUM_POSITIONS = 12
+
+
+def law_findings(session: Session) -> list[Finding]:
+    """The laws that need nothing but the session: causality, and ranges."""
+    return [_causality(session), _ranges(session)]
+
+
+def _causality(session: Session) -> Finding:
+    """Two sequences with the same beginning: nothing before the difference may differ."""
+    config = session.config
+    row = scenarios(config, seed=7)[-2].rows[0][: NUM_POSITIONS + 1]
+    changed_at = len(row) // 2
+    other = row.copy()
+    # Other ids, reversed: of other modalities too, so that routing of later positions changes.
+    other[changed_at:] = row[changed_at:][::-1] if len(config.modalities) > 1 else (row[changed_at:] + 1) % config.vocab_size
+    other[changed_at - 1 + 1 :] = np.where(
+        other[changed_at:] == row[changed_at:], config.id_ranges[0].start, other[changed_at:]
+    )
+    before = {one.position: one for one in observe(session, _whole(row))}
+    after = {one.position: one for one in observe(session, _whole(other))}
+    limit = relative_l2_limit(config, session.precision)
+    worst = max(_difference(before[at], after[at]) for at in range(changed_at - 1))
+    problems = [f"relative L2 {worst:.3g} over {limit:.3g} before the change"] if not worst <= limit else []
+    return judged(RUNG, "a later token changes no earlier logit", problems, relative_l2_max=worst, limit=limit)
+
+
+def _whole(row: np.ndarray[Any, np.dtype[np.int64]]) -> Scenario:
+    return Scenario("one row", (row,), (len(row) - 1,))
+
+
+def _difference(one: Observation, other: Observation) -> float:
+    return compare_rows(one.logits, other.logits).relative_l2
+
+
+def _ranges(session: Session) -> Finding:
+    """Every modality predicted at every position, whatever stands there."""
+    config = session.config
+    row = scenarios(config, seed=8)[-2].rows[0][:NUM_POSITIONS]
+    problems = []
+    for modality, ids in enumerate(config.id_ranges):
+        logits = _all_predicting(session, row, np.array([config.modality_of(int(one)) for one in row]), modality)
+        inside = logits[:, ids.start : ids.stop]
+        outside = np.delete(logits, np.arange(ids.start, ids.stop), axis=1)
+        if not np.isfinite(inside).all():
+            problems.append(f"{config.modality_names[modality]}: an id inside its range is not finite")
+        if not np.isneginf(outside).all():
+            problems.append(f"{config.modality_names[modality]}: an id outside its range is not -inf")
+    return judged(RUNG, "filtered ids never leave their range", problems)
+
+
+def _all_predicting(session: Session, row: np.ndarray[Any, Any], mask: np.ndarray[Any, Any], modality: int) -> Logits:
+    """Logits of every position of one row, all predicting ``modality``; unchecked, for laws that bend the mask."""
+    count = len(row)
+    inputs = StepInputs(
+        input_ids=row[None].astype(np.int64),
+        modality_mask=mask[None].astype(np.int64),
+        cache_position=np.zeros(1, np.int64),
+        logits_index=np.arange(count, dtype=np.int64),
+        head_mask=np.full(count, modality, np.int64),
+    )
+    return session.execute(inputs, session.new_cache(1, count))
+
+
+def absence_finding(session: Session, open_with: OpenWith, modality: int, dtype: np.dtype[Any]) -> Finding:
+    """With every other modality's weights NaN, a row of ``modality`` alone must come out bit for bit the same.
+
+    Args:
+        session: the graph as it is.
+        open_with: the graph with some weights replaced, by name.
+        modality: the one that is present.
+        dtype: of the weights.
+    """
+    config = session.config
+    name = config.modality_names[modality]
+    others = [one for one in parameters(config) if one.modality not in (None, name)]
+    scenario = scenarios(config, seed=9)[modality]
+    expected = observe(session, scenario)
+    with open_with(_poison(others, dtype)) as poisoned:
+        came = observe(poisoned, scenario)
+    same = all(np.array_equal(a.logits, b.logits) for a, b in zip(expected, came, strict=True))
+    problems = [] if same else [f"logits changed when the weights of {', '.join(_names(others))} were NaN"]
+    return judged(RUNG, f"{name} alone never reads another modality's weights", problems, poisoned=len(others))
+
+
+def _names(others: list[Parameter]) -> list[str]:
+    return sorted({str(one.modality) for one in others})
+
+
+def _poison(others: list[Parameter], dtype: np.dtype[Any]) -> Weights:
+    """NaN for every parameter, all views of one buffer: poison costs one weight's memory, not all."""
+    nothing = np.full(max(one.numel for one in others), np.nan, dtype)
+    return {one.name: nothing[: one.numel].reshape(one.shape) for one in others}
+
+
+def swap_finding(session: Session, open_with: OpenWith, read: Callable[[str], np.ndarray[Any, Any]]) -> Finding:
+    """Two modalities' projections and experts swapped, and the mask flipped: the same logits.
+
+    Args:
+        session: the graph as it is.
+        open_with: the graph with some weights replaced, by name.
+        read: a weight of the graph, by name.
+    """
+    question = "experts swapped and mask flipped give the same"
+    config = session.config
+    first, second = config.modality_names[:2]
+    swapped = _swapped_names(config, first, second)
+    if swapped is None:
+        return Finding(RUNG, question, Outcome.SKIPPED, f"the experts of {first} and {second} differ in kind or size")
+    row = scenarios(config, seed=10)[2].rows[0][:NUM_POSITIONS]
+    mask = np.array([config.modality_of(int(one)) for one in row])
+    flipped = np.where(mask == 0, 1, np.where(mask == 1, 0, mask))
+    expected = _all_predicting(session, row, mask, 0)
+    with open_with({name: read(other) for name, other in swapped.items()}) as other_session:
+        came = _all_predicting(other_session, row, flipped, 0)
+    ids = config.id_ranges[0]
+    limit = relative_l2_limit(config, session.precision)
+    worst = max(
+        compare_rows(a[ids.start : ids.stop], b[ids.start : ids.stop]).relative_l2 for a, b in zip(expected, came, strict=True)
+    )
+    problems = [f"relative L2 {worst:.3g} over {limit:.3g}"] if not worst <= limit else []
+    return judged(RUNG, question, problems, relative_l2_max=worst, limit=limit)
+
+
+def _swapped_names(config: ModelConfig, first: str, second: str) -> dict[str, str] | None:
+    """Each routed weight's counterpart in the other modality; None where shapes differ. Heads stay: ids do."""
+    routed = [one for one in parameters(config) if one.part in ("attention", "expert")]
+    shapes = {one.name: one.shape for one in routed}
+    pairs = {}
+    for one in routed:
+        if one.modality in (first, second):
+            other = second if one.modality == first else first
+            counterpart = one.name.replace(f".{one.modality}.", f".{other}.")
+            if shapes.get(counterpart) != one.shape:
+                return None
+            pairs[one.name] = counterpart
+    return pairs
