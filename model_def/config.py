@@ -10,8 +10,10 @@ k key/value heads, d head size, m model width, v vocabulary (summed over the mod
 import dataclasses
 import json
 import re
+import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from motrt.errors import ConfigError, raise_all
 
@@ -20,10 +22,20 @@ HeadKind = Literal["split", "shared"]
 RopeStyle = Literal["interleaved", "half"]
 
 # "shared" names projections that are not routed; the others would shadow methods of the module that holds the experts.
-RESERVED_MODALITY_NAMES = frozenset(
-    "shared apply buffers bfloat16 children clear copy cpu cuda double dump_patches eval float forward get half items "
-    "keys modules parameters pop setdefault share_memory state_dict to train training type update values xpu".split()
-)
+# fmt: off
+RESERVED_MODALITY_NAMES = frozenset((
+    "shared", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear", "compile", "copy", "cpu",
+    "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "get", "get_buffer", "get_extra_state",
+    "get_parameter", "get_submodule", "half", "ipu", "items", "keys", "load_state_dict", "modules", "mtia", "named_buffers",
+    "named_children", "named_modules", "named_parameters", "parameters", "pop", "register_backward_hook", "register_buffer",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
+    "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter",
+    "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "set_extra_state", "set_submodule",
+    "setdefault", "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "update", "values", "xpu",
+    "zero_grad",
+))
+# fmt: on
+_WORD = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class SwigluExpert:
     kind: Literal["swiglu"] = "swiglu"
 
     def problems(self) -> list[str]:
-        return _not_positive(self, "hidden_size")
+        return _mistyped(self) + _not_positive(self, "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class AdapterExpert:
     kind: Literal["adapter"] = "adapter"
 
     def problems(self) -> list[str]:
-        return _not_positive(self, "width", "hidden_size")
+        return _mistyped(self) + _not_positive(self, "width", "hidden_size")
 
 
 Expert = SwigluExpert | AdapterExpert
@@ -84,11 +96,11 @@ class Modality:
     frames_per_second: float | None = None
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "vocab_size", "codes_per_frame") + self.expert.problems()
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in RESERVED_MODALITY_NAMES:
+        found = _mistyped(self) + _not_positive(self, "vocab_size", "codes_per_frame", "frames_per_second")
+        if isinstance(self.expert, Expert):
+            found += self.expert.problems()
+        if isinstance(self.name, str) and (not _WORD.fullmatch(self.name) or self.name in RESERVED_MODALITY_NAMES):
             found.append(f"name must be a lower-case word and not a reserved one ({self.name!r} came)")
-        if self.frames_per_second is not None and not 0 < self.frames_per_second < float("inf"):
-            found.append(f"frames_per_second must be positive or null ({self.frames_per_second} came)")
         return [f"modality {self.name!r}: {problem}" for problem in found]
 
 
@@ -102,7 +114,8 @@ class RopeScaling:
     original_max_seq_len: int = 8192
 
     def problems(self) -> list[str]:
-        found = _not_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        sizes = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        found = _mistyped(self) + _not_positive(self, *sizes)
         if not found and self.high_freq_factor <= self.low_freq_factor:
             found.append("high_freq_factor must be greater than low_freq_factor")
         return [f"rope.scaling: {problem}" for problem in found]
@@ -124,10 +137,8 @@ class RopeConfig:
     scaling: RopeScaling | None = None
 
     def problems(self) -> list[str]:
-        found = [f"rope.{problem}" for problem in _not_positive(self, "theta")]
-        if self.style not in ("interleaved", "half"):
-            found.append(f"rope.style must be 'interleaved' or 'half' ({self.style!r} came)")
-        return found + (self.scaling.problems() if self.scaling else [])
+        found = [f"rope.{problem}" for problem in _mistyped(self) + _not_positive(self, "theta")]
+        return found + (self.scaling.problems() if isinstance(self.scaling, RopeScaling) else [])
 
 
 @dataclass(frozen=True)
@@ -168,28 +179,35 @@ class ModelConfig:
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", tuple(self.modalities))
+        modalities: Any = self.modalities
+        if isinstance(modalities, list):
+            object.__setattr__(self, "modalities", tuple(modalities))
         raise_all(ConfigError, "impossible model configuration:", self.problems())
 
     def problems(self) -> list[str]:
         """Every contradiction in this configuration, as sentences; none in a configuration that exists."""
         sizes = ("model_width", "num_layers", "num_heads", "num_kv_heads", "head_size", "max_seq_len", "norm_eps")
-        found = _not_positive(self, *sizes) + self.rope.problems()
-        for modality in self.modalities:
-            found += modality.problems()
-        if found:
-            return found
-        if self.num_heads % self.num_kv_heads:
+        mistyped = _mistyped(self)
+        found = mistyped + _not_positive(self, *sizes)
+        if isinstance(self.rope, RopeConfig):
+            found += self.rope.problems()
+        modalities = self.modalities if isinstance(self.modalities, tuple) else ()
+        for modality in modalities:
+            found += modality.problems() if isinstance(modality, Modality) else []
+        return found if mistyped else found + self._contradictions()
+
+    def _contradictions(self) -> list[str]:
+        """What fields of the right types say against each other."""
+        found = []
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             found.append(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
         if self.head_size % 2:
             found.append(f"head_size must be even, RoPE rotates pairs ({self.head_size} came)")
         if not self.modalities:
             found.append("modalities must name at least one")
-        names = [modality.name for modality in self.modalities]
+        names = [modality.name for modality in self.modalities if isinstance(modality.name, str)]
         if len(set(names)) < len(names):
             found.append(f"modalities must have different names ({', '.join(names)} came)")
-        if self.head not in ("split", "shared"):
-            found.append(f"head must be 'split' or 'shared' ({self.head!r} came)")
         if self.tied_embeddings and self.head != "shared":
             found.append("tied_embeddings needs head 'shared': a split head has weights of its own")
         return found
@@ -277,14 +295,13 @@ class ModelConfig:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"model configuration is not JSON: {error}") from None
         return cls.from_dict(values)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """A named configuration: ``tiny`` (tests), ``small`` (about 60M parameters), ``llama-3.2-1b``,
-        ``llama-3.2-1b-text``.
+        """``tiny`` (tests), ``small`` (about 60M parameters), ``llama-3.2-1b``, ``llama-3.2-1b-text``.
 
         Raises:
             ConfigError: for any other name.
@@ -303,44 +320,63 @@ def _modality_from_dict(values: Any) -> Modality:
     fields = _fields(Modality, values, "modality")
     expert = fields.get("expert")
     kind = expert.get("kind") if isinstance(expert, dict) else None
-    kinds: dict[Any, type] = {"swiglu": SwigluExpert, "adapter": AdapterExpert}
-    if kind not in kinds:
+    kinds: dict[str, type] = {"swiglu": SwigluExpert, "adapter": AdapterExpert}
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"modality {fields.get('name')!r}: expert.kind must be 'swiglu' or 'adapter' ({kind!r} came)")
     fields["expert"] = kinds[kind](**_fields(kinds[kind], expert, "expert"))
     return Modality(**fields)
 
 
 def _fields(cls: Any, values: Any, where: str) -> dict[str, Any]:
-    """``values`` as keyword arguments of ``cls``: none unknown, none missing, none of another JSON type."""
+    """``values`` as keyword arguments of ``cls``: none unknown, none missing. Types are the constructor's affair."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a JSON object ({type(values).__name__} came)")
     known = {field.name: field for field in dataclasses.fields(cls)}
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
     problems = [f"unknown field {name!r}" for name in values if name not in known]
     problems += [f"missing field {name!r}" for name in sorted(required - set(values))]
-    for name in known.keys() & values.keys():
-        expected = _JSON_TYPES.get(known[name].type)
-        # bool is an int to Python, and 'true' is no number to a reader of JSON.
-        mistyped = expected and (not isinstance(values[name], expected) or (isinstance(values[name], bool) and expected is not bool))
-        if mistyped:
-            problems.append(f"{name} must be {_type_words(expected)} ({values[name]!r} came)")
     raise_all(ConfigError, f"{where}:", problems)
     return dict(values)
 
 
-_JSON_TYPES: dict[Any, Any] = {int: int, bool: bool, str: str, float: (int, float), float | None: (int, float, type(None))}
+def _mistyped(holder: Any) -> list[str]:
+    """The fields of a dataclass whose values are not of the types that it declares."""
+    return [
+        f"{field.name} must be {_type_words(field.type)} ({getattr(holder, field.name)!r} came)"
+        for field in dataclasses.fields(holder)
+        if not _is_of_type(getattr(holder, field.name), field.type)
+    ]
+
+
+def _is_of_type(value: Any, expected: Any) -> bool:
+    if isinstance(expected, UnionType):
+        return any(_is_of_type(value, one) for one in get_args(expected))
+    if get_origin(expected) is Literal:
+        return isinstance(value, str) and value in get_args(expected)
+    if get_origin(expected) is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(item, get_args(expected)[0]) for item in value)
+    # bool is an int to Python, and 'true' is no number to a reader of JSON; a whole number is a number.
+    accepted = (int, float) if expected is float else expected
+    return isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
 
 
 def _type_words(expected: Any) -> str:
-    words = {int: "a whole number", bool: "true or false", str: "a string", float: "a number", type(None): "null"}
-    return " or ".join(words[one] for one in (expected if isinstance(expected, tuple) else (expected,)))
+    if isinstance(expected, UnionType):
+        return " or ".join(_type_words(one) for one in get_args(expected))
+    if get_origin(expected) is Literal:
+        return " or ".join(map(repr, get_args(expected)))
+    if get_origin(expected) is tuple:
+        return f"a list, each {_type_words(get_args(expected)[0])}"
+    words = {int: "a whole number", bool: "true or false", str: "a string", float: "a number", NoneType: "null"}
+    return words.get(expected, f"of type {expected.__name__}")
 
 
 def _not_positive(holder: Any, *names: str) -> list[str]:
+    """The numbers among these fields that are not above 0 and finite; what is no number, ``_mistyped`` names."""
     return [
         f"{name} must be positive ({getattr(holder, name)!r} came)"
         for name in names
-        if isinstance(getattr(holder, name), bool) or not 0 < getattr(holder, name) < float("inf")
+        if _is_of_type(getattr(holder, name), float) and not 0 < getattr(holder, name) <= sys.float_info.max
     ]
 
 
