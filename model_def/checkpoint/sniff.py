@@ -1,0 +1,121 @@
+"""What a file or folder is, told by what it holds, and what tensors a foreign one holds, without loading them.
+
+For a person who points at something and asks. Nothing is checked: opening it with the right function does that.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from motrt.errors import CheckpointError
+from motrt.model_def.checkpoint import adapter, llama, mot, musicgen
+from motrt.model_def.checkpoint.raw_state import (
+    RawState,
+    RawTensor,
+    load_pickle,
+    safetensors_files,
+    state_from_mapping,
+    state_from_safetensors,
+)
+
+Kind = Literal["native", "mot", "llama-meta", "llama-hf", "musicgen", "adapter", "bundle", "onnx", "unknown"]
+
+PICKLES = (".pt", ".pth", ".bin")
+
+
+def kind_of(path: str | Path) -> Kind:
+    """What ``path`` is; ``unknown`` for what is missing, unreadable or none of the others."""
+    path = Path(path)
+    if path.is_dir():
+        return _kind_of_folder(path)
+    if not path.is_file():
+        return "unknown"
+    if path.suffix == ".onnx":
+        return "onnx"
+    try:
+        return _kind_of_file(path)
+    except CheckpointError:
+        return "unknown"
+
+
+def describe_raw(path: str | Path) -> tuple[RawTensor, ...]:
+    """Name, shape and dtype of every tensor of a foreign checkpoint, in the order of its file.
+
+    Args:
+        path: a training state, an adapter file, a safetensors file, or a Llama or MusicGen folder.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or would run code.
+    """
+    path = Path(path)
+    return tuple(_state_of(path).tensors.values())
+
+
+def _state_of(path: Path) -> RawState:
+    if path.is_dir():
+        return _state_of_folder(path)
+    if path.suffix == ".safetensors":
+        return state_from_safetensors(path.name, [path])
+    return state_from_mapping(path.name, _inner(load_pickle(path)), str(path))
+
+
+def _state_of_folder(folder: Path) -> RawState:
+    files = safetensors_files(folder)
+    if files:
+        return state_from_safetensors(folder.name, files)
+    for name in (llama.META_WEIGHTS, "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _state_of(folder / name)
+    raise CheckpointError(
+        f"{folder} holds no weights that are known here: expected model.safetensors, {llama.META_WEIGHTS} or pytorch_model.bin"
+    )
+
+
+def _inner(loaded: Any) -> Any:
+    if isinstance(loaded, Mapping) and adapter.STATE_KEY in loaded:
+        return loaded[adapter.STATE_KEY]
+    return mot.inner_state(loaded)
+
+
+def _kind_of_folder(folder: Path) -> Kind:
+    if (folder / "manifest.json").is_file():
+        return "bundle"
+    if (folder / llama.META_WEIGHTS).is_file():
+        return "llama-meta"
+    values = _json_object(folder / "config.json")
+    if "modalities" in values:
+        return "native"
+    by_type: dict[Any, Kind] = {"llama": "llama-hf", "musicgen": "musicgen"}
+    kind = values.get("model_type")
+    return by_type.get(kind, "unknown") if isinstance(kind, str) else "unknown"
+
+
+def _kind_of_file(path: Path) -> Kind:
+    if path.suffix != ".safetensors":
+        loaded = load_pickle(path) if path.suffix in PICKLES else {}
+        if isinstance(loaded, Mapping) and adapter.STATE_KEY in loaded:
+            return "adapter"
+        inner = mot.inner_state(loaded)
+        return _kind_of_keys([key for key in inner if isinstance(key, str)] if isinstance(inner, Mapping) else [])
+    return _kind_of_keys(_state_of(path).tensors)
+
+
+def _kind_of_keys(keys: Collection[str]) -> Kind:
+    if any("local_experts" in key for key in keys):
+        return "mot"
+    if any(musicgen.TABLE.native(key) for key in keys):
+        return "musicgen"
+    if any(key.startswith("model.layers.") and ".self_attn." in key for key in keys):
+        return "llama-hf"
+    if any(key == "layers.0.feed_forward.w1.weight" for key in keys):
+        return "llama-meta"
+    return "native" if "layers.0.attention_norm.weight" in keys else "unknown"
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
