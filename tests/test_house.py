@@ -195,6 +195,17 @@ def test_importing_the_package_or_its_command_line_loads_nothing_heavy(module: s
     assert loaded == []
 
 
+def test_opening_a_bundle_and_generating_loads_neither_torch_nor_onnx(tiny_bundle: Path) -> None:
+    code = f"""
+import sys, motrt
+with motrt.load({str(tiny_bundle)!r}) as session:
+    assert len(list(session.generate([1, 2, 3], max_tokens=2))) == 2
+print(*sorted({{"torch", "onnx", "onnx_ir", "onnxscript", "safetensors"}} & set(sys.modules)))
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == []
+
+
 def test_no_file_has_a_name_that_says_nothing() -> None:
     generic = [path for path in text_files() if path.suffix == ".py" and path.stem.removeprefix("test_") in GENERIC_NAMES]
     assert generic == []
