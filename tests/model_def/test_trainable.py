@@ -86,7 +86,7 @@ def test_a_masked_table_keeps_its_text_rows_bit_for_bit() -> None:
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(parameter.grad, alpha=0.1)
     after = decoder.state_dict()
     for table in ("tok_embeddings.weight", "output.weight"):
         assert torch.equal(before[table][:96], after[table][:96])
