@@ -163,6 +163,15 @@ def test_filters_keep_what_their_definitions_say(values: dict[str, Any], kept: s
     assert {draw(logits, Sampling(temperature=1.0, **values), uniform=n / 100) for n in range(100)} == kept
 
 
+def test_limits_belong_to_what_they_limit() -> None:
+    """Each id's share of chance has its start and not its end, and an id exactly as likely as min_p asks stays."""
+    equal = np.zeros(4, np.float32)
+    assert [draw(equal, Sampling(temperature=1.0), uniform=quarter / 4) for quarter in range(4)] == [0, 1, 2, 3]
+    assert draw(equal, Sampling(temperature=1.0, top_p=0.5), uniform=0.5) == 1
+    exact = Sampling(temperature=1.0, min_p=float(np.exp(np.float64(-1))))
+    assert draw(np.array([0.0, -1.0], np.float32), exact, uniform=0.99) == 1
+
+
 def test_the_penalty_makes_what_occurred_less_likely_whatever_the_sign() -> None:
     assert draw(np.array([2.0, 1.9], np.float32), Sampling(repetition_penalty=1.2), seen=[0]) == 1
     assert draw(np.array([-1.9, -2.0], np.float32), Sampling(repetition_penalty=1.2), seen=[0, 0]) == 1
