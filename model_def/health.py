@@ -134,7 +134,7 @@ def diagnose(config: ModelConfig, read: Read) -> Health:
             non_finite.append(NonFinite(parameter.name, num_nan, num_inf))
         if parameter.part in ("embedding", "head"):
             flat_rows += _flat_rows(config, parameter, tensor)
-        elif tensor.ndim == 2 and not tensor.any():
+        elif tensor.ndim == 2 and not num_nan and tensor.amin() == tensor.amax() == 0:
             zero_weights.append(parameter.name)
     return Health(tuple(non_finite), tuple(flat_rows), tuple(zero_weights))
 
@@ -160,7 +160,8 @@ def refuse_untrained(health: Health, allow_untrained: bool = False) -> None:
 def _count_non_finite(tensor: torch.Tensor) -> tuple[int, int]:
     num_nan = num_inf = 0
     for chunk in torch.split(tensor.reshape(-1), _CHUNK):
-        if not chunk.isfinite().all():
+        low, high = chunk.aminmax()  # one quick pass, and NaN wins it: isfinite() takes twenty times as long
+        if not (low.isfinite() and high.isfinite()):
             num_nan += int(chunk.isnan().sum())
             num_inf += int(chunk.isinf().sum())
     return num_nan, num_inf
@@ -187,8 +188,9 @@ def _row_flags(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row, whether its values are all equal and whether they are all zero: two bool tensors [rows]."""
     flat, zero = [], []
     for chunk in torch.split(table, max(1, _CHUNK // table.shape[1])):
-        flat.append((chunk == chunk[:, :1]).all(dim=1))
-        zero.append((chunk == 0).all(dim=1))
+        low, high = chunk.amin(dim=1), chunk.amax(dim=1)  # a NaN in a row is both, and equals nothing
+        flat.append(low == high)
+        zero.append((low == 0) & (high == 0))
     return torch.cat(flat), torch.cat(zero)
 
 

@@ -30,9 +30,10 @@ def test_a_healthy_model_has_no_problems(config: ModelConfig) -> None:
     refuse_untrained(health)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [nan, inf, -inf])
-def test_values_that_are_no_numbers_are_counted_and_always_refused(value: float) -> None:
-    tensors = weights(SPLIT)
+def test_values_that_are_no_numbers_are_counted_and_always_refused(value: float, dtype: str) -> None:
+    tensors = dict(random_tensors(SPLIT, 0, dtype))
     tensors["layers.1.feed_forward.audio.fc1.bias"][2:5] = value
     tensors["output.audio.weight"][3, 4] = value
     health = health_of(SPLIT, tensors)
@@ -91,6 +92,14 @@ def test_a_few_reserved_rows_are_reported_and_accepted() -> None:
         "audio rows 96 to 126 of output.audio.weight (31 of that modality) are constant",
     )
     refuse_untrained(health)
+
+
+def test_a_row_that_is_nan_throughout_is_no_number_and_not_flat() -> None:
+    tensors = weights(SPLIT)
+    tensors["output.audio.weight"][:] = nan
+    health = health_of(SPLIT, tensors)
+    assert [one.num_nan for one in health.non_finite] == [32 * 64]
+    assert health.flat_rows == ()
 
 
 def test_a_product_that_does_nothing_is_reported() -> None:
