@@ -1,14 +1,410 @@
-"""The command line: parse, call one function, print where the result is. A placeholder: the commands come with their rooms."""
+"""The command line: parse, call one function, print where the result is.
 
-from importlib.metadata import version
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done (``verify``: PASS), 1 it could
+not be done (``verify``: FAIL), 2 wrong usage or input out of range, 3 ``verify`` says AMBIGUOUS. Heavy packages are
+imported inside the commands that need them.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+from rich.markup import escape
+
+from motrt import __version__
+from motrt.errors import BackendError, InputError, MotrtError, ParityError
+
+if TYPE_CHECKING:
+    from motrt.export.report import DrawnSteps
+    from motrt.runtime.decoding import Step
+    from motrt.runtime.sampling import Sampling
+    from motrt.runtime.schedule import Schedule
+    from motrt.runtime.session import Session
+
+EXIT_FAILED, EXIT_USAGE, EXIT_AMBIGUOUS = 1, 2, 3
+
+PRESETS = ("tiny", "small", "llama-3.2-1b", "llama-3.2-1b-text")
+DTYPES = ("float32", "bfloat16", "float16")
+PROMPT_BACKENDS = ("auto", "onnxruntime", "torch")
+
+# So that a command line without a limit ends soon.
+DEFAULT_MAX_TOKENS = 64
+
+results = Console(highlight=False)
+progress = Console(stderr=True, highlight=False)
+
+Command = Callable[..., None]
 
 
-@click.group()
-@click.version_option(version("motrt"), prog_name="motrt", message="%(prog)s %(version)s")
+def mends(command: Command) -> Command:
+    """Turn what the user can mend into a sentence and an exit code; a bug keeps its traceback."""
+
+    @wraps(command)
+    def mended(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MotrtError as failure:
+            if kwargs.get("as_json"):
+                report = {"report": failure.report} if isinstance(failure, ParityError) and failure.report else {}
+                print_json({"error": type(failure).__name__, "message": str(failure), **report})
+            progress.print(f"[bold red]Error:[/bold red] {escape(str(failure))}", soft_wrap=True)
+            sys.exit(EXIT_USAGE if isinstance(failure, InputError) else EXIT_FAILED)
+
+    return mended
+
+
+def print_json(values: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(values, indent=2, default=str))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+out_argument = click.argument("out", type=click.Path(path_type=Path))
+path_argument = click.argument("path", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="motrt", message="%(prog)s %(version)s")
 def main() -> None:
     """Export, run and prove routed text/audio expert models."""
+
+
+def needs_export_packages() -> None:
+    """Say what is missing before anything is done, where torch or onnx are not installed."""
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as missing:
+        raise BackendError(f"this command needs PyTorch and ONNX ({missing}): pip install 'motrt[export,cpu]'") from None
+
+
+def drawn_steps() -> "DrawnSteps":
+    from motrt.export.report import DrawnSteps
+
+    return DrawnSteps(progress)
+
+
+@main.command()
+@out_argument
+@click.option("--preset", type=click.Choice(PRESETS), default="small", show_default=True, help="What to make.")
+@click.option("--head", type=click.Choice(["split", "shared"]), help="Output head; the preset's where not said.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Stored dtype.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@json_option
+@mends
+def init(out: Path, preset: str, head: str | None, dtype: str, seed: int, as_json: bool) -> None:
+    """Make a checkpoint of random, well-scaled weights in OUT."""
+    needs_export_packages()
+    from motrt.export.report import size
+    from motrt.model_def.config import ModelConfig
+    from motrt.model_def.initialize import init_checkpoint
+    from motrt.model_def.parameters import parameters
+
+    config = ModelConfig.preset(preset)
+    if head is not None:
+        config = config.replace(head=head)
+    count = sum(one.numel for one in parameters(config))
+    num_bytes = count * (4 if dtype == "float32" else 2)
+    with drawn_steps().step(f"make {preset}", num_bytes) as advance:
+        init_checkpoint(out, config, dtype, seed, advance)
+    if as_json:
+        print_json({"checkpoint": str(out), "parameters": count, "bytes": num_bytes, "dtype": dtype, "seed": seed})
+    else:
+        say(f"{out}: {preset}, {count:,} parameters, {size(num_bytes)} in {dtype}, seed {seed}")
+
+
+def say(sentence: str) -> None:
+    """A line on standard output, never broken."""
+    results.print(escape(sentence), soft_wrap=True)
+
+
+@main.command()
+@out_argument
+@click.option("--mot", type=click.Path(path_type=Path), help="Mixture-of-Transformers training state (.pt, .pth).")
+@click.option("--params", type=click.Path(path_type=Path), help="The state's params.json; its vocab_size is the text's.")
+@click.option("--llama", type=click.Path(path_type=Path), help="Llama folder, Meta's or Hugging Face's.")
+@click.option("--musicgen", type=click.Path(path_type=Path), help="Hugging Face MusicGen folder: the audio expert.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file, laid over the assembled model.")
+@click.option("--native", type=click.Path(path_type=Path), help="Native checkpoint, to change its head or dtype.")
+@click.option("--head", type=click.Choice(["split", "shared"]), help="Head to give the result, exactly.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; the narrowest exact one where not said.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of projections that no source brings.")
+@json_option
+@mends
+def convert(
+    out: Path,
+    mot: Path | None,
+    params: Path | None,
+    llama: Path | None,
+    musicgen: Path | None,
+    adapter: Path | None,
+    native: Path | None,
+    head: Any,
+    dtype: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Assemble the native checkpoint OUT from checkpoints in other formats.
+
+    Give one of --mot (with --params), --llama (with --musicgen and --adapter where there are), or --native.
+    """
+    if sum(source is not None for source in (mot, llama, native)) != 1:
+        raise click.UsageError("give one of --mot, --llama or --native")
+    if (mot is None) != (params is None):
+        raise click.UsageError("--mot and --params belong together: the state does not say its own sizes")
+    if llama is None and (musicgen or adapter):
+        raise click.UsageError("--musicgen and --adapter are laid over --llama")
+    needs_export_packages()
+    from motrt.export.report import accounting_tables
+    from motrt.model_def.checkpoint.assemble import convert_llama, convert_mot, convert_native
+
+    if mot is not None and params is not None:
+        assembly = convert_mot(mot, params, head)
+    elif llama is not None:
+        assembly = convert_llama(llama, musicgen, adapter, head, seed)
+    else:
+        assembly = convert_native(native or Path(), head)
+    accounting = assembly.accounting.to_dict()
+    if not as_json:
+        for one in accounting_tables(accounting):
+            results.print(one)
+        for note in accounting["notes"]:
+            say(note)
+    with drawn_steps().step("write the checkpoint") as advance:
+        assembly.write(out, dtype, advance)
+    if as_json:
+        print_json({"checkpoint": str(out), "config": assembly.config.to_dict(), "accounting": accounting})
+    else:
+        say(f"{out}: {dtype or assembly.dtype}; look at it with `motrt inspect {out}`")
+
+
+@main.command()
+@path_argument
+@json_option
+@mends
+def inspect(path: Path, as_json: bool) -> None:
+    """Tell of a checkpoint, a bundle or an ONNX file."""
+    needs_export_packages()
+    from motrt.export.inspection import inspect as look
+    from motrt.export.report import inspection_tables
+
+    found = look(path, drawn_steps())
+    if as_json:
+        print_json(found)
+    else:
+        for one in inspection_tables(found):
+            results.print(one)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--max-seq-len", type=click.IntRange(1), help="Most positions per row; the checkpoint's where not said.")
+@click.option("--allow-untrained", is_flag=True, help="Go on though a modality's rows were never trained.")
+@click.option("--no-verify", is_flag=True, help="Do not climb the parity ladder; the manifest says so.")
+@json_option
+@mends
+def export(
+    checkpoint: Path,
+    bundle: Path,
+    precision: str,
+    max_seq_len: int | None,
+    allow_untrained: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Export CHECKPOINT to the folder BUNDLE, and prove that it is still the model."""
+    needs_export_packages()
+    from motrt.export.bundle_from_checkpoint import export_bundle
+    from motrt.export.report import parity_table, seconds_table, size, verdict_line
+
+    exported = export_bundle(checkpoint, bundle, precision, max_seq_len, allow_untrained, not no_verify, drawn_steps())
+    num_bytes = sum(one.num_bytes for one in exported.bundle.manifest.files.values())
+    report = None if exported.report is None else exported.report.to_dict()
+    if as_json:
+        print_json({"bundle": str(bundle), "bytes": num_bytes, "seconds": exported.seconds, "parity": report})
+        return
+    results.print(seconds_table(exported.seconds))
+    if report is not None:
+        results.print(parity_table(report))
+    verdict = "not verified" if report is None else verdict_line(report)
+    results.print(f"{escape(str(bundle))}: {precision}, {size(num_bytes)}, parity {verdict}", soft_wrap=True)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What it was made of; found by itself where it lay.")
+@click.option("--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="For products; 0: one per core.")
+@json_option
+@mends
+def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as_json: bool) -> None:
+    """Climb the parity ladder with BUNDLE, every byte of it checked first.
+
+    Exit code 0 PASS, 1 FAIL, 2 usage, 3 AMBIGUOUS (near-ties that rounding may decide).
+    """
+    needs_export_packages()
+    from motrt.export.bundle_from_checkpoint import verify_bundle
+    from motrt.export.report import parity_table, verdict_line
+
+    report = verify_bundle(bundle, checkpoint, drawn_steps(), threads).to_dict()
+    if as_json:
+        print_json(report)
+    else:
+        results.print(parity_table(report))
+        results.print(f"{escape(str(bundle))}: parity {verdict_line(report)}", soft_wrap=True)
+    sys.exit({"PASS": 0, "FAIL": EXIT_FAILED, "AMBIGUOUS": EXIT_AMBIGUOUS}[report["verdict"]])
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text; the bundle must carry a tokenizer.")
+@click.option("--prompt-ids", help="Unified ids, as in 1,2,3.")
+@click.option("--audio-frames", type=click.IntRange(1), help="Go on in audio for so many frames.")
+@click.option(
+    "--schedule", "schedule_text", help="Which modality comes when: 'text:20,audio:50f', 'interleave:text=13,audio=26'."
+)
+@click.option("--max-tokens", type=click.IntRange(0), help=f"Most tokens; {DEFAULT_MAX_TOKENS} where nothing else says.")
+@click.option("--stop-id", "stop_ids", type=int, multiple=True, help="Finish after this id; may be given more than once.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Keep the k likeliest ids.")
+@click.option("--top-p", type=float, help="Keep the likeliest ids that reach this probability together.")
+@click.option("--min-p", type=float, help="Keep ids at least this likely relative to the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Where chance starts; a fresh one where not said.")
+@click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="For products; 0: one per core.")
+@click.option("--check", type=click.Choice(["size", "hash"]), default="size", show_default=True, help="Of the bundle's files.")
+@json_option
+@mends
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_ids: str | None,
+    audio_frames: int | None,
+    schedule_text: str | None,
+    max_tokens: int | None,
+    stop_ids: tuple[int, ...],
+    backend: str,
+    threads: int,
+    check: str,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Say what comes after a prompt, as it comes, with the speed of each phase at the end."""
+    if (prompt is None) == (prompt_ids is None):
+        raise click.UsageError("give one of --prompt and --prompt-ids")
+    if audio_frames is not None and schedule_text is not None:
+        raise click.UsageError("give one of --audio-frames and --schedule")
+    from motrt.runtime.load import load
+    from motrt.runtime.sampling import Sampling
+
+    chosen = Sampling(**sampling)
+    start: str | list[int] = prompt if prompt is not None else parse_ids(prompt_ids or "")
+    with load(bundle, backend, check, threads) as session:
+        schedule = chosen_schedule(session, audio_frames, schedule_text)
+        if max_tokens is None and schedule is None:
+            max_tokens = DEFAULT_MAX_TOKENS
+        told = Told(session)
+        steps = session.generate(start, schedule=schedule, sampling=chosen, max_tokens=max_tokens, stop_ids=stop_ids)
+        for step in steps:
+            told.hear(step, quiet=as_json)
+    if as_json:
+        print_json(told.to_dict(chosen))
+    else:
+        click.echo()
+        results.print(told.speed_table())
+
+
+def parse_ids(text: str) -> list[int]:
+    """``1,2,3`` as ids."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--prompt-ids must be whole numbers with commas between, as in 1,2,3 ({text!r} came)") from None
+
+
+def chosen_schedule(session: "Session", audio_frames: int | None, text: str | None) -> "Schedule | None":
+    """What the options say comes next; None: the prompt's own modality."""
+    from motrt.runtime.schedule import parse_schedule, then
+
+    if audio_frames is not None:
+        framed = [one.name for one in session.config.modalities if one.codes_per_frame > 1]
+        if not framed:
+            raise InputError("--audio-frames needs a model with a modality of several codes per frame; this one has none")
+        return then(framed[0], frames=audio_frames)
+    return None if text is None else parse_schedule(text)
+
+
+class Told:
+    """Prints steps as they come, and keeps what the summary says: tokens, frames, and the time of each phase."""
+
+    def __init__(self, session: "Session") -> None:
+        self.backend, self.precision = session.backend, session.precision
+        self.has_text = session.tokenizer is not None
+        self.steps: list[Step] = []
+        self.started = time.perf_counter()
+        self.at: list[float] = []
+
+    def hear(self, step: "Step", quiet: bool) -> None:
+        self.at.append(time.perf_counter())
+        self.steps.append(step)
+        if quiet:
+            return
+        if step.frame is not None:
+            click.echo(f"[{' '.join(map(str, step.frame.codes))}] ", nl=step.frame.index % 8 == 7)
+        elif step.text:
+            click.echo(step.text, nl=False)
+        elif step.modality == self.steps[0].modality and not self.has_text:
+            click.echo(f"{step.token_id} ", nl=False)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Seconds and tokens per second: until the first token, then each modality's decode steps."""
+        if not self.at:
+            return []
+        found: list[dict[str, Any]] = [
+            {"phase": "first token (with prefill)", "tokens": 1, "seconds": self.at[0] - self.started}
+        ]
+        for name in dict.fromkeys(step.modality for step in self.steps[1:]):
+            spans = [
+                later - earlier
+                for earlier, later, step in zip(self.at, self.at[1:], self.steps[1:], strict=False)
+                if step.modality == name
+            ]
+            found.append({"phase": f"{name} decode", "tokens": len(spans), "seconds": sum(spans)})
+        return [{**one, "tokens_per_s": one["tokens"] / max(one["seconds"], 1e-9)} for one in found]
+
+    def to_dict(self, sampling: "Sampling") -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "precision": self.precision,
+            "sampling": asdict(sampling),
+            "tokens": [step.token_id for step in self.steps],
+            "modalities": [step.modality for step in self.steps],
+            "text": "".join(step.text for step in self.steps),
+            "frames": [asdict(step.frame) for step in self.steps if step.frame],
+            "finish": self.steps[-1].finish if self.steps else None,
+            "phases": self.phases(),
+        }
+
+    def speed_table(self) -> Any:
+        from rich.table import Table
+
+        made = Table(title=f"{self.backend}, {self.precision}", title_justify="left", title_style="bold", header_style="bold")
+        made.add_column("phase")
+        for name in ("tokens", "seconds", "tokens/s"):
+            made.add_column(name, justify="right")
+        for one in self.phases():
+            made.add_row(one["phase"], str(one["tokens"]), f"{one['seconds']:.3f}", f"{one['tokens_per_s']:.1f}")
+        return made
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[Model
     A shared head is cut into split ones, exactly: filtering makes the other rows dead weight, and an audio step would
     read 127 times more of them. A tied head stays the embedding table: cutting it would store it twice.
     """
-    config, read = checkpoint.config, checkpoint.read
+    config: ModelConfig = checkpoint.config
+    read: Read = checkpoint.read
     if len(config.modalities) > 1 and not config.tied_embeddings:
         config, read = with_head(config, read, "split")
     if max_seq_len is not None:

@@ -114,7 +114,7 @@ _TENSOR_DTYPES = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
 }
-_DTYPE_NAMES = {number: name for name, number in _TENSOR_DTYPES.items()}
+_DTYPE_NAMES: dict[int, str] = {number: name for name, number in _TENSOR_DTYPES.items()}
 
 
 def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -97,9 +98,8 @@ def attach_weights(model: ir.Model, config: ModelConfig, dtype: str, read: Calla
         if name in weights:
             placeholder = value.const_value
             assert placeholder is not None
-            value.const_value = ir.LazyTensor(
-                lambda name=name: fetch(name), dtype=placeholder.dtype, shape=placeholder.shape, name=name
-            )
+            shape = ir.Shape(tuple(placeholder.shape))
+            value.const_value = ir.LazyTensor(partial(fetch, name), dtype=placeholder.dtype, shape=shape, name=name)
 
 
 def write_onnx(model: ir.Model, folder: Path, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
@@ -138,7 +138,7 @@ def _simplify(model: ir.Model) -> None:
                 ),
                 rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
                 common_passes.RemoveUnusedNodesPass(),
-                common_passes.RemoveUnusedFunctionsPass(),
+                common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
                 common_passes.RemoveUnusedOpsetsPass(),
             ],
             steps=2,

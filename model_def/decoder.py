@@ -5,6 +5,7 @@ result: the cache goes in and comes out, and nothing is kept between calls. Shap
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -97,14 +98,18 @@ class Decoder(nn.Module):
         if isinstance(self.output, SplitHead):
             split: Tensor = self.output(hidden, head_mask)
             return split
-        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
-        return filter_shared(F.linear(hidden, weight), head_mask, self.config)
+        whole: nn.Module = self.tok_embeddings if self.output is None else self.output
+        logits = F.linear(hidden, cast(Tensor, whole.weight))
+        return filter_shared(logits, head_mask, self.config)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Zeros for ``capacity`` positions: per layer two of [b, k, t, d]."""
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
-        empty = {"dtype": self.dtype, "device": self.device}
-        return [(torch.zeros(shape, **empty), torch.zeros(shape, **empty)) for _ in self.layers]
+
+        def empty() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(empty(), empty()) for _ in self.layers]
 
     @classmethod
     def from_tensors(

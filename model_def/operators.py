@@ -4,6 +4,8 @@ Each computes in PyTorch when called, and becomes the one standard operator of o
 That the two mean the same is what the parity ladder proves.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import Tensor
@@ -15,8 +17,8 @@ OPSET = 24
 
 def _traced_operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, **attributes: int | float | str) -> Tensor:
     """One ONNX operator in the traced graph, its output of ``like``'s dtype and shape."""
-    result: Tensor = torch.onnx.ops.symbolic(name, inputs, attrs=attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
-    return result
+    attrs: dict[str, Any] = dict(attributes)
+    return torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=like.dtype, shape=like.shape, version=OPSET)
 
 
 def rope_tables(rope: RopeConfig, head_size: int, max_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,8 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
         for modality in config.modalities:
             route = f"{prefix}.feed_forward.{modality.name}"
             found += [
-                Parameter(f"{route}.{name}", shape, "expert", modality.name) for name, shape in expert_shapes(modality.expert, m)
+                Parameter(f"{route}.{name}", shape, "expert", modality.name)
+                for name, shape in expert_shapes(modality.expert, m)
             ]
     found.append(Parameter(FINAL_NORM, (m,), "norm"))
     found.extend(head_parameters(config))

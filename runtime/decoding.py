@@ -7,6 +7,7 @@ each step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +130,7 @@ class _Row:
         self._seen: dict[int, set[int]] = {index: set() for index in range(len(self.config.modalities))}
         for token in prompt:
             self._remember(token)
+            self._frames.push(token)  # a frame that the prompt began is finished by what is generated
 
     @property
     def newest(self) -> int:
@@ -188,7 +190,7 @@ def _ids_of(prompt: Prompt, session: Session) -> list[Sequence[int]]:
         return [_encode(prompt, session)]
     if not isinstance(prompt, Sequence | np.ndarray):
         raise InputError(f"a prompt is text, ids, or a batch of either ({type(prompt).__name__} came)")
-    batch = list(prompt)
+    batch: list[Any] = list(prompt)
     if batch and not isinstance(batch[0], str | Sequence | np.ndarray):
         return [batch]
     if not batch:

@@ -43,7 +43,7 @@ OWNERS = {
     "tensorrt": (),
     "tensorrt_rtx": (),
     "click": ("cli.py",),
-    "rich": ("cli.py",),
+    "rich": ("cli.py", "export/report.py"),
 }
 
 GENERIC_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "core", "base", "stuff"}

@@ -124,7 +124,8 @@ def _laws_of_weights(session: Session, subject: Subject, num_threads: int) -> li
 
     def read(name: str) -> np.ndarray[Any, Any]:
         tensor = stored[name]
-        return stored_bytes(tensor, subject.model_file.parent).view(dtype).reshape(tuple(tensor.dims)).copy()
+        flat: np.ndarray[Any, Any] = stored_bytes(tensor, subject.model_file.parent).view(dtype)
+        return flat.reshape(tuple(tensor.dims)).copy()
 
     modalities = range(len(subject.config.modalities))
     absence = [absence_finding(session, open_with, modality, dtype) for modality in modalities]

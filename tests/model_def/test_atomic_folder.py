@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from motrt.errors import BundleError, CheckpointError
 from motrt.model_def.atomic_folder import new_folder
 

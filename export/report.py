@@ -1,0 +1,211 @@
+"""What people see of long work and its results: progress bars and tables. The numbers come from elsewhere."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from motrt.export.steps import Advance, Steps
+
+COLOURS = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "bold red", "SKIPPED": "dim"}
+
+MOST_ROWS = 40
+
+
+class DrawnSteps(Steps):
+    """Steps with a bar each where the console is a terminal, and a line each where it is not.
+
+    Args:
+        console: where to draw; standard error, so that results can be piped.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    @contextmanager
+    def drawn(self, title: str, total_bytes: int | None) -> Iterator[Advance]:
+        """A bar that is gone when the step is done; the line that stays says how long it took."""
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        if total_bytes:
+            columns[2:2] = [BarColumn(), DownloadColumn()]
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+            task = bars.add_task(title, total=total_bytes)
+            yield lambda num_bytes: bars.advance(task, num_bytes)
+            took = bars.tasks[0].elapsed if self.console.is_terminal else None
+        if took is not None and took > 2:
+            self.console.print(f"[dim]{escape(title)}: {took:.1f} s[/dim]")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table; columns whose name ends in ``>`` are numbers, right-aligned."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        made.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    return made
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that people would say."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:.0f} B" if units[0] == "B" else f"{num_bytes:.2f} {units[0]}"
+
+
+def parity_table(report: Mapping[str, Any]) -> Table:
+    """Every finding of a parity report, with the figures that people look at."""
+    made = Table(
+        title=f"{report['backend']} against {report['reference']}",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
+    for name in ("rung", "question", "outcome"):
+        made.add_column(name)
+    made.add_column("relative L2", justify="right")
+    made.add_column("limit", justify="right")
+    made.add_column("detail", overflow="fold")
+    for one in report["findings"]:
+        figures, colour = one["figures"], COLOURS[one["outcome"]]
+        made.add_row(
+            one["rung"],
+            escape(one["question"]),
+            f"[{colour}]{one['outcome']}[/{colour}]",
+            _short(figures.get("relative_l2_max")),
+            _short(figures.get("limit")),
+            escape(one["detail"] or _more(figures)),
+        )
+    return made
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else ""
+
+
+def _more(figures: Mapping[str, Any]) -> str:
+    """What else is worth a glance, where all is well."""
+    if "top_1_agreement" in figures:
+        return f"{figures['rows']} rows, max abs {figures['max_abs']:.2g}, KL {figures['kl_max']:.2g}"
+    words = {"positions": "positions", "tokens": "tokens", "weights": "weights", "poisoned": "weights poisoned"}
+    return ", ".join(f"{figures[name]} {word}" for name, word in words.items() if name in figures)
+
+
+def verdict_line(report: Mapping[str, Any]) -> str:
+    colour = COLOURS[report["verdict"]]
+    return f"[{colour}]{report['verdict']}[/{colour}] in {report['seconds']:.1f} s"
+
+
+def seconds_table(seconds: Mapping[str, float]) -> Table:
+    return table("steps", ["step", "seconds>"], [(title, f"{value:.1f}") for title, value in seconds.items()])
+
+
+def accounting_tables(accounting: Mapping[str, Any]) -> list[Table]:
+    """How many keys had each outcome, and by name those that were not simply loaded."""
+    counts = table("keys", ["outcome", "number>"], list(accounting["counts"].items()))
+    told = [row for row in accounting["rows"] if row["outcome"] != "loaded"]
+    if not told:
+        return [counts]
+    rows = [(row["outcome"], row["key"], row["source"], row["detail"]) for row in _gathered(told)]
+    return [counts, table("keys that were not simply loaded", ["outcome", "key", "source", "what and why"], rows)]
+
+
+def _gathered(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows that say the same of many keys become one; faults stay one by one."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        is_fault = row["outcome"] in ("missing", "unexpected", "misshapen")
+        detail = row["key"] + row["detail"] if is_fault else row["detail"]
+        groups.setdefault((row["outcome"], row["source"], detail), []).append(row["key"])
+    return [
+        {
+            "outcome": outcome,
+            "source": source,
+            "detail": detail.removeprefix(keys[0]) if len(keys) == 1 else detail,
+            "key": keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more",
+        }
+        for (outcome, source, detail), keys in groups.items()
+    ]
+
+
+def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Everything that ``inspect`` found, a table a subject."""
+    made = [_overview(found)]
+    if isinstance(found.get("parameters"), list):
+        rows = [(r["part"], r["modality"], f"{r['parameters']:,}", size(r["bytes"])) for r in found["parameters"]]
+        made.append(table("parameters", ["part", "modality", "number>", "size>"], rows))
+        steps = [
+            (name, f"{found['parameters_read_per_step'][name]:,}", size(num_bytes))
+            for name, num_bytes in found["bytes_read_per_step"].items()
+        ]
+        made.append(table("weights read by one decode step", ["modality", "parameters>", "size>"], steps))
+    if "health" in found:
+        problems = found["health"]["problems"] or ["nothing to remark: no NaN, no Inf, no constant rows"]
+        made.append(table("health", ["finding"], [(problem,) for problem in problems]))
+    if "operators" in found:
+        made.append(table("operators", ["operator", "number>"], list(found["operators"].items())))
+    if "inputs" in found or "signature" in found:
+        made.append(_signature(found.get("signature", found)))
+    if "tensors" in found:
+        tensors = [(one["name"], one["dtype"], one["shape"]) for one in found["tensors"][:MOST_ROWS]]
+        more = len(found["tensors"]) - len(tensors)
+        made.append(table("tensors", ["name", "dtype", "shape"], tensors + [(f"... and {more} more", "", "")] * bool(more)))
+    if found.get("files"):
+        files = [(one["name"], size(one["bytes"]), one["sha256"]) for one in found["files"]]
+        made.append(table("files", ["name", "size>", "sha256"], files))
+    return made
+
+
+def _overview(found: Mapping[str, Any]) -> Table:
+    rows = [("kind", found["kind"]), ("path", found.get("path", ""))]
+    rows += [(name, found[name]) for name in ("dtype", "opsets") if name in found]
+    if "total_parameters" in found:
+        rows.append(("parameters", f"{found['total_parameters']:,}"))
+    if "total_bytes" in found:
+        rows.append(("size", size(found["total_bytes"])))
+    if "config" in found:
+        rows += _configuration(found["config"])
+    if "source" in found:
+        rows += [("made of", found["source"]["path"]), ("its sha256", found["source"]["sha256"])]
+    if "parity" in found:
+        parity = found["parity"]
+        rows.append(("parity", f"{parity['verdict']}, {parity['backend']}" if parity else "not verified"))
+    return table("what it is", ["", ""], rows)
+
+
+def _configuration(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rope, scaling = config["rope"], config["rope"]["scaling"]
+    rows = [
+        ("layers", f"{config['num_layers']} of width {config['model_width']}"),
+        ("heads", f"{config['num_heads']} query, {config['num_kv_heads']} key/value, size {config['head_size']}"),
+        ("attention", "routed" if config["routed_attention"] else "shared by all modalities"),
+        ("q/k norm", "yes" if config["qk_norm"] else "no"),
+        ("output head", "tied to the embedding" if config["tied_embeddings"] else config["head"]),
+        ("RoPE", f"theta {rope['theta']:g}, {rope['style']}, {'scaled' if scaling else 'not scaled'}"),
+        ("longest sequence", str(config["max_seq_len"])),
+    ]
+    start = 0
+    for one in config["modalities"]:
+        end, expert = start + one["vocab_size"], one["expert"]
+        sizes = ", ".join(f"{key} {value}" for key, value in expert.items() if key not in ("kind", "bias"))
+        rows.append((one["name"], f"ids {start} to {end - 1}, {expert['kind']} expert ({sizes})"))
+        start = end
+    return rows
+
+
+def _signature(signature: Mapping[str, Any]) -> Table:
+    """Inputs and outputs; of the cache, which repeats itself, the first layer alone."""
+    rows = []
+    for role in ("inputs", "outputs"):
+        for one in signature[role]:
+            layer = one["name"].rpartition(".")[2]
+            if not (layer.isdigit() and int(layer) > 0):
+                rows.append((role[:-1], one["name"], one["dtype"], f"[{', '.join(map(str, one['dims']))}]"))
+    return table("graph contract (caches: first layer only)", ["", "name", "dtype", "dims"], rows)
