@@ -37,7 +37,8 @@ PROMPT_BACKENDS = ("auto", "onnxruntime", "torch")
 # So that a command line without a limit ends soon.
 DEFAULT_MAX_TOKENS = 64
 
-results = Console(highlight=False)
+# Tables that are not read on a terminal are given room: a file has no width.
+results = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 progress = Console(stderr=True, highlight=False)
 
 Command = Callable[..., None]
@@ -350,6 +351,7 @@ class Told:
     def __init__(self, session: "Session") -> None:
         self.backend, self.precision = session.backend, session.precision
         self.has_text = session.tokenizer is not None
+        self.framed = {one.name for one in session.config.modalities if one.codes_per_frame > 1}
         self.steps: list[Step] = []
         self.started = time.perf_counter()
         self.at: list[float] = []
@@ -363,7 +365,7 @@ class Told:
             click.echo(f"[{' '.join(map(str, step.frame.codes))}] ", nl=step.frame.index % 8 == 7)
         elif step.text:
             click.echo(step.text, nl=False)
-        elif step.modality == self.steps[0].modality and not self.has_text:
+        elif not self.has_text and step.modality not in self.framed:
             click.echo(f"{step.token_id} ", nl=False)
 
     def phases(self) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def attach_weights(model: ir.Model, config: ModelConfig, dtype: str, read: Calla
         if name in weights:
             placeholder = value.const_value
             assert placeholder is not None
-            shape = ir.Shape(tuple(placeholder.shape))
+            shape = ir.Shape(placeholder.shape.numpy())
             value.const_value = ir.LazyTensor(partial(fetch, name), dtype=placeholder.dtype, shape=shape, name=name)
 
 

@@ -125,7 +125,8 @@ def _laws_of_weights(session: Session, subject: Subject, num_threads: int) -> li
     def read(name: str) -> np.ndarray[Any, Any]:
         tensor = stored[name]
         flat: np.ndarray[Any, Any] = stored_bytes(tensor, subject.model_file.parent).view(dtype)
-        return flat.reshape(tuple(tensor.dims)).copy()
+        shaped: np.ndarray[Any, Any] = flat.reshape(tuple(tensor.dims)).copy()
+        return shaped
 
     modalities = range(len(subject.config.modalities))
     absence = [absence_finding(session, open_with, modality, dtype) for modality in modalities]
