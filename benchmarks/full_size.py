@@ -49,16 +49,25 @@ def measure(step: str, command: list[str], cwd: Path) -> Measured:
         text = captured.read()
     seconds = time.perf_counter() - started
     print(f"  {seconds:.1f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB, exit {process.returncode}", file=sys.stderr, flush=True)
-    shown = ["motrt" if part == "motrt" else part for part in command if part not in (sys.executable, "-m")]
+    shown = [Path(part).name if part.endswith(".py") else part for part in command if part not in (sys.executable, "-m")]
     peak = usage.ru_maxrss * 1024 / 1e9
-    return Measured(step, " ".join(shown), round(seconds, 1), round(peak, 2), process.returncode, as_json(text))
+    return Measured(step, " ".join(shown), round(seconds, 1), round(peak, 2), process.returncode, told_by(text))
 
 
-def as_json(text: str) -> Any:
+# Of what a command prints with --json, what the figures need: no table of keys, no list of tokens.
+KEPT = ("verdict", "findings", "phases", "bytes", "total_parameters", "bytes_read_per_step", "dtype")
+
+
+def told_by(text: str) -> dict[str, Any] | None:
+    """The figures in a command's JSON document; None where it printed none."""
     try:
-        return json.loads(text)
+        document = json.loads(text)
     except ValueError:
         return None
+    kept = {name: document[name] for name in KEPT if name in document}
+    if isinstance(document.get("seconds"), dict):
+        kept["seconds"] = document["seconds"]
+    return kept
 
 
 def steps(head: str, precisions: tuple[str, ...]) -> list[tuple[str, list[str]]]:

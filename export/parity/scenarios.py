@@ -77,6 +77,7 @@ def scenarios(config: ModelConfig, seed: int = 0) -> tuple[Scenario, ...]:
     there = [index for index in range(count) for _ in range(RUN_LENGTH)]
     found.append(make.scenario("runs, in order", [there]))
     found.append(make.scenario("runs, in reverse", [there[::-1]]))
+    found.append(make.scenario("runs, in chunks", [there], chunk_size=7))
     found.append(make.scenario("changing at every position, in chunks", [list(range(count))], chunk_size=5))
     mixed = [[index] for index in range(count)] + [there, there[::-1]]
     found.append(make.scenario("ragged mixed batch", mixed, ragged=True))
@@ -90,7 +91,7 @@ class _Maker:
         self.config = config
         self.chance = np.random.default_rng(seed)
         self.num_prompt = min(NUM_PROMPT, max(1, config.max_seq_len // 4))
-        self.num_steps = min(NUM_DECODE_STEPS, config.max_seq_len - self.num_prompt - 4)
+        self.num_steps = max(0, min(NUM_DECODE_STEPS, config.max_seq_len - self.num_prompt - 4))
 
     def scenario(
         self, name: str, patterns: Sequence[Sequence[int]], chunk_size: int | None = None, ragged: bool = False
