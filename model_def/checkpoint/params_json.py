@@ -57,7 +57,7 @@ def read_params(file: Path) -> Sizes:
         num_kv_heads=value_or(values, "n_kv_heads", heads),
         head_size=head_size,
         vocab_size=values["vocab_size"] if values["vocab_size"] > 0 else None,
-        hidden_size=_hidden_size(values),
+        hidden_size=None,  # the weights say it; multiple_of and ffn_dim_multiplier are how it was once chosen
         norm_eps=float(value_or(values, "norm_eps", 1e-5)),
         rope=RopeConfig(theta=float(value_or(values, "rope_theta", 500000.0)), style="interleaved", scaling=scaling),
         max_seq_len=values.get("max_seq_len"),
@@ -91,15 +91,3 @@ _OPTIONAL = (
 def value_or(values: Mapping[str, Any], name: str, default: Any) -> Any:
     value = values.get(name)
     return default if value is None else value
-
-
-def _hidden_size(values: Mapping[str, Any]) -> int | None:
-    """Meta's formula: two thirds of four times dim, times the multiplier, up to the next multiple."""
-    multiple = values.get("multiple_of")
-    if multiple is None:
-        return None
-    hidden = int(2 * (4 * values["dim"]) / 3)
-    if values.get("ffn_dim_multiplier") is not None:
-        hidden = int(values["ffn_dim_multiplier"] * hidden)
-    rounded: int = multiple * ((hidden + multiple - 1) // multiple)
-    return rounded

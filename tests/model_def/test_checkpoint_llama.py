@@ -16,7 +16,6 @@ from motrt.model_def.initialize import random_tensors
 from motrt.tests.model_def.foreign import (
     State,
     mot_state,
-    params_of,
     write_adapter,
     write_json,
     write_llama_hf,
@@ -353,11 +352,3 @@ def test_a_tokenizer_beside_the_base_travels_along(tmp_path: Path, native: State
     (llama / "tokenizer.json").write_text("{}")
     convert_llama(llama).write(tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").tokenizer_path == tmp_path / "out" / "tokenizer.json"
-
-
-def test_metas_formula_gives_the_feed_forward_of_llama_3_2_1b(tmp_path: Path) -> None:
-    from motrt.model_def.checkpoint.params_json import read_params
-
-    values = params_of(ModelConfig.preset("llama-3.2-1b")) | {"ffn_dim_multiplier": 1.5, "multiple_of": 256}
-    sizes = read_params(write_json(tmp_path / "params.json", values))
-    assert (sizes.hidden_size, sizes.head_size, sizes.num_kv_heads) == (8192, 64, 8)
