@@ -80,7 +80,9 @@ class Attention(nn.Module):
     def _heads(self, parts: list[Tensor], norm: PerRoute | None, at: Positions) -> Tensor:
         """Per route [rows, heads * d] -> [b, heads, s, d], through the route's norm where there is one."""
         if norm is not None:
-            parts = [rows.flatten(1) for rows in norm([rows.view(rows.shape[0], -1, self.head_size) for rows in parts])]
+            # Whole sizes, no -1: a route without rows has no size to infer one from.
+            heads = parts[0].shape[1] // self.head_size
+            parts = [rows.flatten(1) for rows in norm([rows.view(rows.shape[0], heads, self.head_size) for rows in parts])]
         b, s = at.columns.shape
         return at.projections.combine(parts).view(b, s, -1, self.head_size).transpose(1, 2)
 
