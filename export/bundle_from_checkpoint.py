@@ -171,9 +171,10 @@ def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[Model
     read: Read = checkpoint.read
     if len(config.modalities) > 1 and not config.tied_embeddings:
         config, read = with_head(config, read, "split")
+    longest = config.max_seq_len if max_seq_len is None else max_seq_len
+    if not 1 <= longest <= LONGEST_SEQUENCE:
+        raise ExportError(f"--max-seq-len must be in 1..{LONGEST_SEQUENCE} ({longest} came)")
     if max_seq_len is not None:
-        if not 1 <= max_seq_len <= LONGEST_SEQUENCE:
-            raise ExportError(f"--max-seq-len must be in 1..{LONGEST_SEQUENCE} ({max_seq_len} came)")
         if max_seq_len > config.max_seq_len:
             logger.warning("%d positions are more than the %d of the checkpoint", max_seq_len, config.max_seq_len)
         config = config.replace(max_seq_len=max_seq_len)

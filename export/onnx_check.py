@@ -4,7 +4,7 @@ The exporter asks before a bundle is made, the parity gate asks again of a finis
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -15,6 +15,7 @@ from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import Signature, TensorSpec
 
+_PRODUCTS = ("Gemm", "MatMul")
 _BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
 
 
@@ -41,6 +42,7 @@ def check_onnx(model_file: Path, config: ModelConfig, dtype: str) -> dict[str, i
     raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
     raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype))
     raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config))
+    raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config))
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
     return census(model)
 
@@ -99,6 +101,40 @@ def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
         for name, count in expected.items()
         if counts.get(name, 0) != count
     ]
+
+
+def routing_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
+    """Every product with a routed weight must take rows gathered by modality, so that an absent one costs nothing.
+
+    A graph that computes all experts and selects afterwards gives the same logits, so that no comparison sees it, and
+    (where it selects rather than adds) not even NaN in the weights would.
+    """
+    producers = {output: node for node in model.graph.node for output in node.output}
+    products = {name: node for node in model.graph.node if node.op_type in _PRODUCTS for name in node.input[1:2]}
+    routed = [one for one in parameters(config) if one.modality is not None and len(one.shape) == 2]
+    return [
+        f"{one.name} multiplies rows that were not gathered for {one.modality}"
+        for one in routed
+        if len(config.modalities) > 1 and one.name in products and not _is_gathered(products[one.name], producers)
+    ]
+
+
+def _is_gathered(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether the first input of ``node`` comes from a Gather by the positions that a NonZero found."""
+    source = _first_behind(node.input[0], producers, ("Gather",))
+    return source is not None and _first_behind(source.input[1], producers, ("NonZero",)) is not None
+
+
+def _first_behind(name: str, producers: Mapping[str, onnx.NodeProto], wanted: tuple[str, ...]) -> onnx.NodeProto | None:
+    """The nearest node of a ``wanted`` kind on the path of first inputs that leads to ``name``."""
+    while name in producers:
+        node = producers[name]
+        if node.op_type in wanted:
+            return node
+        if not node.input:
+            return None
+        name = node.input[0]
+    return None
 
 
 def location_problems(model: onnx.ModelProto) -> list[str]:

@@ -46,17 +46,17 @@ def _compared(session: Session, question: str, expected: Sequence[Observation], 
     by_place = {(one.row, one.position): one for one in came}
     limit = relative_l2_limit(session.config, session.precision)
     differences = {
-        one.position: compare_rows(one.logits, by_place[one.row, one.position].logits)
-        for one in expected
-        if (one.row, one.position) in by_place
+        (one.row, one.position): compare_rows(one.logits, by_place[one.row, one.position].logits) for one in expected
     }
     return _within(question, differences, limit)
 
 
-def _within(question: str, differences: dict[int, RowDifference], limit: float) -> Finding:
-    wrong = [position for position, one in differences.items() if not one.relative_l2 <= limit]
+def _within(question: str, differences: dict[tuple[int, int], RowDifference], limit: float) -> Finding:
+    wrong = [place for place, one in differences.items() if not one.relative_l2 <= limit]
     worst = max(one.relative_l2 for one in differences.values())
-    problems = [f"relative L2 {worst:.3g} over {limit:.3g}, first at position {wrong[0]}"] if wrong else []
+    problems = []
+    if wrong:
+        problems = [f"relative L2 {worst:.3g} over {limit:.3g}, first in row {wrong[0][0]} at position {wrong[0][1]}"]
     return judged(RUNG, question, problems, positions=len(differences), relative_l2_max=worst, limit=limit)
 
 
@@ -68,7 +68,7 @@ def _alone_and_together(session: Session, batch: Scenario) -> Finding:
         alone = {one.position: one for one in observe(session, Scenario("alone", (row,), (num_prompt,)))}
         for one in together:
             if one.row == number:
-                differences[number * 1000 + one.position] = compare_rows(alone[one.position].logits, one.logits)
+                differences[number, one.position] = compare_rows(alone[one.position].logits, one.logits)
     return _within("a row alone equals the row in a mixed batch", differences, limit)
 
 
@@ -86,6 +86,8 @@ def _streamed(session: Session, batch: Scenario) -> Finding:
     question = "streamed generation of a batch equals each row alone"
     prompts = [row[:count].tolist() for row, count in zip(batch.rows, batch.num_prompt, strict=True)]
     count = min(8, session.config.max_seq_len - max(batch.num_prompt))
+    if count < 1:
+        return Finding(RUNG, question, Outcome.SKIPPED, "a prompt fills such a model")
     plan = [index % len(session.config.modalities) for index in range(count)]
     names = session.config.modality_names
     streamed: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
@@ -97,7 +99,9 @@ def _streamed(session: Session, batch: Scenario) -> Finding:
         alone = greedy(session, prompt, plan)
         if streamed[number] == alone.tokens:
             continue
-        at = next(index for index in range(count) if streamed[number][index : index + 1] != [alone.tokens[index]])
+        if len(streamed[number]) != count:
+            return Finding(RUNG, question, Outcome.FAIL, f"row {number}: {len(streamed[number])} tokens came, not {count}")
+        at = next(index for index in range(count) if streamed[number][index] != alone.tokens[index])
         near = alone.margins[at] <= near_tie_margin(alone.rms[at] * relative_l2_limit(session.config, session.precision))
         detail = f"row {number} differs from token {at} on (margin {alone.margins[at]:.3g})"
         if not near:

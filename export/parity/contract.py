@@ -8,7 +8,14 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from motrt.export.onnx_check import census_problems, contract_problems, location_problems, weight_problems
+from motrt.export.onnx_check import (
+    census_problems,
+    contract_problems,
+    location_problems,
+    routing_problems,
+    weight_problems,
+)
+from motrt.export.onnx_from_module import ROPE_TABLES
 from motrt.export.parity.findings import Finding, judged
 from motrt.export.steps import Advance
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
@@ -16,6 +23,7 @@ from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.head_surgery import with_head
+from motrt.model_def.operators import rope_tables
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import Signature
 
@@ -33,7 +41,11 @@ def contract_findings(
         judged(RUNG, "graph keeps the contract", contract_problems(model, Signature.canonical(config, dtype))),
         judged(RUNG, "every weight is in the graph and read", weight_problems(model, config, dtype)),
         judged(RUNG, "operators are standard and as many as the model has parts", census_problems(model, config)),
+        judged(RUNG, "routed weights multiply their own rows alone", routing_problems(model, config)),
         judged(RUNG, "external data are one file", location_problems(model)),
+        judged(
+            RUNG, "rotary tables are the configuration's, bit for bit", _rope_problems(model, model_file.parent, config, dtype)
+        ),
         _weights_finding(model, model_file.parent, config, dtype, checkpoint, advance),
     ]
 
@@ -44,6 +56,17 @@ def _module_problems(config: ModelConfig) -> list[str]:
     expected = {parameter.name: parameter.shape for parameter in parameters(config)}
     return [f"{name}: {state.get(name)} against {expected.get(name)}" for name in state.keys() | expected.keys()
             if state.get(name) != expected.get(name)]  # fmt: skip
+
+
+def _rope_problems(model: onnx.ModelProto, folder: Path, config: ModelConfig, dtype: str) -> list[str]:
+    """Every position's row: the scenarios of the higher rungs reach the first few only."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    tables = rope_tables(config.rope, config.head_size, config.max_seq_len, TORCH_DTYPES[dtype])
+    return [
+        f"{name} is {'another' if name in stored else 'missing'}"
+        for name, table in zip(ROPE_TABLES, tables, strict=True)
+        if name not in stored or not np.array_equal(_bytes(table), stored_bytes(stored[name], folder))
+    ]
 
 
 def _weights_finding(

@@ -46,9 +46,11 @@ class Plan:
 def plans(config: ModelConfig, seed: int = 5) -> list[Plan]:
     """A prompt of each modality, then runs of all modalities in turn, beginning with another than the prompt's."""
     chance = np.random.default_rng(seed)
-    length = min(PROMPT_LENGTH, config.max_seq_len // 4)
+    length = min(PROMPT_LENGTH, max(1, config.max_seq_len // 4))
     count = min(NUM_TOKENS, config.max_seq_len - length)
-    found = []
+    found: list[Plan] = []
+    if count < 1:
+        return found  # a prompt fills such a model
     for first, ids in enumerate(config.id_ranges):
         modalities = [(first + 1 + index // RUN_LENGTH) % len(config.modalities) for index in range(count)]
         prompt = chance.integers(ids.start, ids.stop, size=length).tolist()
@@ -102,11 +104,15 @@ def _compared(session: Session, plan: Plan, expected: Greedy, noise: float) -> F
 
     came = [step.token_id for step in session.generate(plan.prompt, schedule=schedule)]
     question = f"greedy tokens agree {plan.name}"
-    matched = next((i for i, (a, b) in enumerate(zip(expected.tokens, came, strict=False)) if a != b), len(came))
+    pairs = enumerate(zip(expected.tokens, came, strict=False))
+    matched = next((i for i, (a, b) in pairs if a != b), min(len(expected.tokens), len(came)))
     figures = {"tokens": len(expected.tokens), "matched": matched, "noise": noise}
-    if matched == len(expected.tokens):
+    if came == expected.tokens:
         return Finding(RUNG, question, Outcome.PASS, "", figures)
+    if matched in (len(came), len(expected.tokens)):
+        detail = f"{len(came)} tokens came where {len(expected.tokens)} were asked for"
+        return Finding(RUNG, question, Outcome.FAIL, detail, figures)
     margin = expected.margins[matched]
     detail = f"differs from token {matched} on: {expected.tokens[matched]} expected with a margin of {margin:.3g}"
-    outcome = Outcome.AMBIGUOUS if matched < len(came) and margin <= near_tie_margin(noise) else Outcome.FAIL
+    outcome = Outcome.AMBIGUOUS if margin <= near_tie_margin(noise) else Outcome.FAIL
     return Finding(RUNG, question, outcome, detail, {**figures, "margin": margin})

@@ -40,13 +40,16 @@ class RowDifference:
 
 
 def compare_rows(expected: Floats, came: Floats) -> RowDifference:
-    """Every measure of one row. A row with NaN or infinity differs infinitely."""
+    """Every measure of one row. Where either row holds NaN or infinity they differ infinitely.
+
+    Both sides are looked at: NaN compares false with everything, and a worst value found by ``max`` may pass it by.
+    """
     wanted, got = expected.astype(np.float64), came.astype(np.float64)
+    if not (np.isfinite(wanted).all() and np.isfinite(got).all()):
+        worst = float("inf")
+        return RowDifference(worst, worst, worst, worst, 0.0, worst, worst, False, 0.0)
     order = _largest(wanted, 2)
     margin = float(wanted[order[0]] - wanted[order[1]]) if len(wanted) > 1 else float("inf")
-    if not np.isfinite(got).all():
-        worst = float("inf")
-        return RowDifference(worst, worst, worst, worst, 0.0, worst, margin, False, 0.0)
     difference = got - wanted
     norm, other = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
     k = min(TOP_K, len(wanted))
