@@ -7,6 +7,7 @@ each step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from motrt.runtime import schedule as schedules
 from motrt.runtime.sampling import Sampling, SamplingByModality, draw, fresh_seed, sampling_for, uniform
 from motrt.runtime.schedule import Progress, Schedule, then
 from motrt.runtime.session import Session
-from motrt.runtime.step_inputs import check_prompts
+from motrt.runtime.step_inputs import as_whole_numbers, check_prompts
 from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
@@ -78,20 +79,21 @@ def generate(
         CapacityError: when prompt and tokens are more than the model holds; before anything is computed.
     """
     config = session.config
+    session.refuse_closed()
     prompts = [row.tolist() for row in check_prompts(_ids_of(prompt, session), config)]
     plan = schedule if schedule is not None else _continue(prompts, config)
     schedules.check(plan, config)
     limits = _limits(prompts, schedules.total_tokens(plan, config), max_tokens, config)
-    unknown = [token for token in stop_ids if not 0 <= token < config.vocab_size]
-    if unknown:
-        raise InputError(f"stop_ids must be in 0..{config.vocab_size - 1} ({unknown[0]} came)")
+    stops = as_whole_numbers(stop_ids)
+    if stops is None or (stops.size and not (stops.min() >= 0 and stops.max() < config.vocab_size)):
+        raise InputError(f"stop_ids must be whole numbers in 0..{config.vocab_size - 1} ({brief(stop_ids)} came)")
     rows = [
         _Row(number, prompt, chosen, limit, session)
         for number, (prompt, chosen, limit) in enumerate(
             zip(prompts, _sampling_per_row(sampling, len(prompts), config), limits, strict=True)
         )
     ]
-    return _run(session, rows, plan, frozenset(stop_ids))
+    return _run(session, rows, plan, frozenset(stops.tolist()))
 
 
 def _run(session: Session, rows: list["_Row"], schedule: Schedule, stop_ids: frozenset[int]) -> Iterator[Step]:
@@ -134,8 +136,8 @@ class _Row:
 
     @property
     def newest(self) -> int:
-        """The id to feed next; a finished row repeats what its cache holds last."""
-        return self._newest_in_cache if self.finish else self.tokens[-1]
+        """The id to feed next; a row that is finished, or never began, repeats what its cache holds last."""
+        return self.tokens[-1] if self.tokens and self.finish is None else self._newest_in_cache
 
     def ask(self, schedule: Schedule) -> int | None:
         self.next_modality = schedules.next_modality(schedule, Progress(self.config, self.prompt, self.tokens))
@@ -188,7 +190,7 @@ class _Row:
 def _ids_of(prompt: Prompt, session: Session) -> list[Sequence[int]]:
     if isinstance(prompt, str):
         return [_encode(prompt, session)]
-    if not isinstance(prompt, Sequence | np.ndarray):
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes) or getattr(prompt, "ndim", 1) == 0:
         raise InputError(f"a prompt is text, ids, or a batch of either ({type(prompt).__name__} came)")
     batch: list[Any] = list(prompt)
     if batch and not isinstance(batch[0], str | Sequence | np.ndarray):
@@ -204,6 +206,12 @@ def _encode(text: str, session: Session) -> list[int]:
     ids: list[int] = session.tokenizer.encode(text).ids
     if not ids:
         raise InputError("the prompt is empty: the tokenizer makes no id of it")
+    num_text_ids = session.config.modalities[0].vocab_size
+    if max(ids) >= num_text_ids:
+        raise InputError(
+            f"the tokenizer makes id {max(ids)} of the prompt, and the model's text ids are 0..{num_text_ids - 1}: put the "
+            "tokenizer that the model was trained with beside its checkpoint, and export again"
+        )
     return ids
 
 
@@ -216,10 +224,16 @@ def _continue(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Schedule
 
 def _limits(prompts: Sequence[Sequence[int]], planned: int | None, max_tokens: int | None, config: ModelConfig) -> list[int]:
     """The most tokens each row may generate."""
-    if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0):
+    is_whole = isinstance(max_tokens, int | np.integer) and not isinstance(max_tokens, bool)
+    if max_tokens is not None and not (is_whole and max_tokens >= 0):
         raise InputError(f"max_tokens must be a whole number of at least 0 ({max_tokens!r} came)")
     asked = min((limit for limit in (planned, max_tokens) if limit is not None), default=None)
     longest = max(len(prompt) for prompt in prompts)
+    if asked is None and longest == config.max_seq_len:
+        raise CapacityError(
+            f"a prompt of {longest} ids fills every position that this model holds per row, and nothing can come after it: "
+            "shorten the prompt, or export with a larger --max-seq-len"
+        )
     if longest + (asked or 0) > config.max_seq_len:
         raise CapacityError(
             f"a prompt of {longest} ids and {asked or 0} tokens after it are more than the {config.max_seq_len} positions "

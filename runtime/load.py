@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "onnxruntime", "torch")
 
+MOST_THREADS = 4096
+
 
 def load(path: str | Path, backend: str = "auto", check: str = "size", num_threads: int = 0) -> Session:
     """Open a bundle (or, with the torch backend, a native checkpoint) for use.
@@ -27,7 +29,7 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
         A session: a context manager that holds the weights until it is closed.
 
     Raises:
-        InputError: for another backend or check.
+        InputError: for another backend or check, or an impossible number of threads.
         BundleError: when the bundle is missing, damaged or newer than this version.
         CheckpointError: when the torch backend finds no checkpoint.
         BackendError: when the library that the backend needs is not installed, or can not run the graph.
@@ -37,6 +39,8 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
         raise InputError(f"backend must be one of {', '.join(BACKENDS)} ({backend!r} came)")
     if check not in ("size", "hash"):
         raise InputError(f"check must be 'size' or 'hash' ({check!r} came)")
+    if not isinstance(num_threads, int) or not 0 <= num_threads <= MOST_THREADS:
+        raise InputError(f"num_threads must be a whole number in 0..{MOST_THREADS}, 0: one per core ({num_threads!r} came)")
     if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
         return _with_tokenizer(*_torch_session(folder))
     bundle = open_bundle(folder, check)
@@ -91,7 +95,11 @@ def _torch_session(folder: Path) -> tuple[Session, Path | None]:
 
 
 def _with_tokenizer(session: Session, path: Path | None) -> Session:
-    session.tokenizer = None if path is None else _read_tokenizer(path)
+    try:
+        session.tokenizer = None if path is None else _read_tokenizer(path)
+    except BundleError:
+        session.close()
+        raise
     return session
 
 

@@ -121,8 +121,11 @@ class OnnxSession(Session):
 
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         binding = cache.buffers.binding
-        for name, value in inputs.named().items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        fed = {
+            name: np.ascontiguousarray(value) for name, value in inputs.named().items()
+        }  # kept: they are read where they lie
+        for name, value in fed.items():
+            binding.bind_cpu_input(name, value)
         logits = np.empty((len(inputs.logits_index), self.config.vocab_size), np.float32)
         binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         try:
@@ -131,7 +134,7 @@ class OnnxSession(Session):
             raise BackendError(f"onnxruntime failed in this step: {failure}") from failure
         return logits
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self._session
 
 

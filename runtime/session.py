@@ -6,17 +6,25 @@ token ids; text comes in only through the tokenizer that a bundle may carry (``d
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from motrt.errors import InputError
+from motrt.errors import BackendError, InputError
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.kv_cache import KVCache, capacity_for
 from motrt.runtime.sampling import SamplingByModality
 from motrt.runtime.schedule import Schedule
-from motrt.runtime.step_inputs import StepInputs, check_inputs, check_prompts, decode_inputs, prefill_inputs
+from motrt.runtime.step_inputs import (
+    StepInputs,
+    as_whole_numbers,
+    check_inputs,
+    check_prompts,
+    decode_inputs,
+    prefill_inputs,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +39,9 @@ Logits = NDArray[np.float32]
 
 class Session(ABC):
     """A loaded model. Use as a context manager, or call ``close``.
+
+    Threads may share a session, as long as each has its own cache: a pass changes nothing but the cache it is given.
+    Once closed, every call is a ``BackendError``.
 
     Attributes:
         config: what the model is.
@@ -62,12 +73,21 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def close(self) -> None:
-        """Let go of weights and memory; the session is unusable afterwards."""
+    def release(self) -> None:
+        """Let go of weights and memory. Called once."""
 
     # What every session does with them.
 
+    _is_closed = False
+
+    def close(self) -> None:
+        """Let go of weights and memory; the session is unusable afterwards. Closing twice is closing once."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.release()
+
     def __enter__(self) -> "Session":
+        self.refuse_closed()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -80,8 +100,9 @@ class Session(ABC):
             InputError: for a batch of no rows.
             CapacityError: for more positions than the model holds.
         """
-        if batch_size < 1:
-            raise InputError(f"a batch needs at least one row ({batch_size} came)")
+        self.refuse_closed()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"a batch needs a whole number of rows, at least one ({batch_size!r} came)")
         capacity = capacity_for(num_positions, self.config.max_seq_len)
         return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity))
 
@@ -91,6 +112,7 @@ class Session(ABC):
         Raises:
             CapacityError: for more than the model's maximum; the cache is then as it was.
         """
+        self.refuse_closed()
         if num_positions > cache.capacity:
             capacity = capacity_for(num_positions, self.config.max_seq_len)
             cache.buffers = self.grow_buffers(cache.buffers, capacity)
@@ -108,6 +130,7 @@ class Session(ABC):
             InputError: see ``check_inputs``.
             CapacityError: when a row would be written past the cache's capacity.
         """
+        self.refuse_closed()
         check_inputs(inputs, self.config, cache.batch_size, cache.capacity)
         return self.execute(inputs, cache)
 
@@ -135,11 +158,12 @@ class Session(ABC):
             InputError: for empty prompts, ids or masks out of range, or a mask that contradicts the ids.
             CapacityError: for prompts longer than the model's maximum; before anything is computed.
         """
+        self.refuse_closed()
         rows = check_prompts(prompts, self.config)
         if modality_mask is not None:
             self._check_mask(rows, modality_mask)
-        if chunk_size < 1:
-            raise InputError(f"chunk_size must be at least 1 ({chunk_size} came)")
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise InputError(f"chunk_size must be a whole number of at least 1 ({chunk_size!r} came)")
         predicted = self._modality_indices(next_modality, len(rows))
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         longest = int(lengths.max())
@@ -177,19 +201,20 @@ class Session(ABC):
             InputError: for wrong numbers of ids or names, or ids out of range.
             CapacityError: when an active row already holds the model's maximum; before anything is computed.
         """
-        rows = np.arange(cache.batch_size) if active is None else np.asarray(active, dtype=np.int64)
-        ids = np.asarray(token_ids)
-        if ids.shape != (cache.batch_size,) or ids.dtype.kind not in "iu":
-            raise InputError(f"token_ids must be {cache.batch_size} whole numbers, one per row ({token_ids!r} came)")
-        if len(rows) == 0 or rows.min() < 0 or rows.max() >= cache.batch_size or (np.diff(rows) <= 0).any():
-            raise InputError(f"active must name rows in 0..{cache.batch_size - 1}, ascending ({active!r} came)")
+        self.refuse_closed()
+        rows = np.arange(cache.batch_size) if active is None else as_whole_numbers(active)
+        ids = as_whole_numbers(token_ids)
+        if ids is None or len(ids) != cache.batch_size:
+            raise InputError(f"token_ids must be {cache.batch_size} whole numbers, one per row ({brief(token_ids)} came)")
+        if rows is None or len(rows) == 0 or rows.min() < 0 or rows.max() >= cache.batch_size or (np.diff(rows) <= 0).any():
+            raise InputError(f"active must name rows in 0..{cache.batch_size - 1}, ascending ({brief(active)} came)")
         if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise InputError(f"token_ids must be in 0..{self.config.vocab_size - 1} ({token_ids!r} came)")
+            raise InputError(f"token_ids must be in 0..{self.config.vocab_size - 1} ({brief(token_ids)} came)")
         if not cache.lengths.all():
             raise InputError("the cache has rows that hold nothing: prefill them first")
         predicted = self._modality_indices(next_modality, len(rows))
         self.reserve(cache, int(cache.lengths[rows].max()) + 1)
-        inputs = decode_inputs(ids.astype(np.int64), cache.lengths, rows.astype(np.int64), predicted, self.config)
+        inputs = decode_inputs(ids, cache.lengths, rows, predicted, self.config)
         logits = self.run(inputs, cache)
         cache.lengths[rows] += 1
         return logits
@@ -208,7 +233,14 @@ class Session(ABC):
 
         return generate(self, prompt, schedule=schedule, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
 
+    def refuse_closed(self) -> None:
+        """Raise BackendError where the session was closed."""
+        if self._is_closed:
+            raise BackendError("this session is closed: open the bundle again with motrt.load")
+
     def _modality_indices(self, names: str | Sequence[str], count: int) -> NDArray[np.int64]:
+        if not isinstance(names, str | Sequence | np.ndarray):
+            raise InputError(f"next_modality must be one name, or one per row ({brief(names)} came)")
         listed = [names] * count if isinstance(names, str) else list(names)
         if len(listed) != count:
             raise InputError(f"next_modality must be one name, or {count} names, one per row ({len(listed)} came)")
@@ -219,13 +251,11 @@ class Session(ABC):
         return np.array([known.index(name) for name in listed], dtype=np.int64)
 
     def _check_mask(self, rows: Sequence[NDArray[np.int64]], modality_mask: Sequence[Sequence[int]]) -> None:
-        if len(modality_mask) != len(rows):
-            raise InputError(f"modality_mask must have one row per prompt, {len(rows)} ({len(modality_mask)} came)")
+        if not isinstance(modality_mask, Sequence | np.ndarray) or len(modality_mask) != len(rows):
+            raise InputError(f"modality_mask must have one row per prompt, {len(rows)} ({brief(modality_mask)} came)")
         for row, mask in zip(rows, modality_mask, strict=True):
-            marked = np.asarray(mask)
-            if marked.dtype.kind not in "iu" or marked.shape != row.shape:
-                raise InputError(
-                    f"modality_mask must hold one whole number per id, {len(row)} ({marked.dtype}{list(marked.shape)} came)"
-                )
-            inputs = StepInputs(row[None], marked.astype(np.int64)[None], np.zeros(1, np.int64), *[np.empty(0, np.int64)] * 2)
+            marked = as_whole_numbers(mask)
+            if marked is None or marked.shape != row.shape:
+                raise InputError(f"modality_mask must hold one whole number per id, {len(row)} ({brief(mask)} came)")
+            inputs = StepInputs(row[None], marked[None], np.zeros(1, np.int64), *[np.empty(0, np.int64)] * 2)
             check_inputs(inputs, self.config, 1, self.config.max_seq_len)

@@ -5,6 +5,7 @@ See ``model_def.signature`` for what each means. Everything here is numpy int64;
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,26 +124,41 @@ def _out_of_range(name: str, value: Int64, limit: int) -> str:
     return f"{name} must be in 0..{limit - 1} ({wrong.flat[0]} came, {wrong.size} such)"
 
 
+def as_whole_numbers(values: object) -> Int64 | None:
+    """``values`` as a flat int64 array; None where they are anything but whole numbers, one after the other."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError):  # ragged, or of no kind that numpy knows
+        return None
+    if array.ndim != 1:
+        return None
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    is_whole = array.dtype.kind in "iu" and array.max() <= np.iinfo(np.int64).max
+    return array.astype(np.int64) if is_whole else None
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> list[Int64]:
     """Prompts as arrays of ids.
 
     Raises:
         InputError: for no prompt at all, an empty one, values that are no whole numbers, or ids out of range.
     """
-    if len(prompts) == 0:
-        raise InputError("no prompt: give at least one sequence of ids")
+    if not isinstance(prompts, Sequence | np.ndarray) or getattr(prompts, "ndim", 1) == 0 or len(prompts) == 0:
+        raise InputError(f"no prompt: give at least one sequence of ids ({brief(prompts)} came)")
     rows, problems = [], []
     for number, prompt in enumerate(prompts):
-        row = np.asarray(prompt)
+        row = as_whole_numbers(prompt)
+        if row is None:
+            problems.append(f"prompt {number} must be a flat sequence of whole numbers ({brief(prompt)} came)")
+            continue
         if row.size == 0:
             problems.append(f"prompt {number} is empty: give at least one id (a beginning-of-text id, say)")
-        elif row.ndim != 1 or row.dtype.kind not in "iu":
-            problems.append(f"prompt {number} must be a flat sequence of whole numbers ({row.dtype}{list(row.shape)} came)")
         elif row.min() < 0 or row.max() >= config.vocab_size:
-            problems.append(f"prompt {number}: " + _out_of_range("ids", row.astype(np.int64), config.vocab_size))
+            problems.append(f"prompt {number}: " + _out_of_range("ids", row, config.vocab_size))
         rows.append(row)
     raise_all(InputError, "prompts that can not be read:", problems)
-    return [row.astype(np.int64) for row in rows]
+    return rows
 
 
 def prefill_inputs(prompts: Sequence[Int64], start: int, stop: int, next_modality: Int64, config: ModelConfig) -> StepInputs:

@@ -48,5 +48,5 @@ class TorchSession(Session):
         values: Logits = np.ascontiguousarray(logits.cpu().numpy())
         return values
 
-    def close(self) -> None:
+    def release(self) -> None:
         del self.decoder
