@@ -25,6 +25,7 @@ MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "manifest.json", "mode
 DTYPE_OF_PRECISION = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 _HASH_CHUNK = 1 << 22
+_MOST_MANIFEST_BYTES = 1 << 26  # a thousand times what any export writes
 _SELF_HASH = "manifest_sha256"
 _REQUIRED = ("format_version", "config", "precision", "signature", "files", "source", "versions", "parity")
 
@@ -153,9 +154,7 @@ def open_bundle(path: str | Path, check: str = "size", progress: Callable[[int],
     raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
     if check == "hash":
         problems = [
-            f"{name} is not the file that was exported: its hash differs"
-            for name, record in manifest.files.items()
-            if sha256_of(folder / name, progress) != record.sha256
+            problem for name, record in manifest.files.items() if (problem := _hash_problem(folder / name, record, progress))
         ]
         raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
     return Bundle(folder, manifest)
@@ -168,8 +167,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BundleError(f"{folder} has no {MANIFEST_FILE}, so it is no bundle: make one with `motrt export`")
     try:
-        text = file.read_text(encoding="utf-8")
+        if file.stat().st_size > _MOST_MANIFEST_BYTES:
+            raise BundleError(f"{file} has {file.stat().st_size} bytes, so it is no manifest: export the bundle again")
+        text = file.read_bytes().decode("utf-8")
         values = json.loads(text)
+        expected = _canonical(values) if isinstance(values, dict) else None
     except (OSError, ValueError, RecursionError) as failure:
         raise BundleError(f"{file} can not be read ({failure}): export the bundle again") from None
     if not isinstance(values, dict):
@@ -179,7 +181,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{folder} has format {version} and this motrt reads up to {FORMAT_VERSION}: upgrade motrt, or export it again"
         )
-    if version != FORMAT_VERSION or text != _canonical(values):
+    if version != FORMAT_VERSION or text != expected:
         raise BundleError(f"{file} was changed after the export (its own hash differs): export the bundle again")
     return values
 
@@ -188,20 +190,21 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
     try:
         missing = [name for name in _REQUIRED if name not in values]
         raise_all(BundleError, f"{folder / MANIFEST_FILE} lacks:", missing)
+        contract = values["signature"]["contract_version"]
+        if contract > CONTRACT_VERSION:  # first of all: a newer contract's configuration may have fields unknown here
+            raise BundleError(
+                f"{folder} keeps graph contract {contract} and this motrt speaks up to {CONTRACT_VERSION}: "
+                "upgrade motrt, or export it again"
+            )
         manifest = Manifest(
             config=ModelConfig.from_dict(values["config"]),
             precision=values["precision"],
             files={name: FileRecord(int(one["bytes"]), str(one["sha256"])) for name, one in values["files"].items()},
-            source=values["source"],
-            versions=values["versions"],
-            parity=values["parity"],
-            operators=values.get("operators", {}),
+            source={name: str(values["source"][name]) for name in ("path", "sha256")},
+            versions=dict(values["versions"]),
+            parity=None if values["parity"] is None else dict(values["parity"]),
+            operators=dict(values.get("operators", {})),
         )
-        contract = values["signature"]["contract_version"]
-        if contract > CONTRACT_VERSION:
-            raise BundleError(
-                f"{folder} keeps graph contract {contract} and this motrt speaks up to {CONTRACT_VERSION}: upgrade motrt"
-            )
         if manifest.signature.to_dict() != values["signature"]:
             raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:
@@ -221,3 +224,11 @@ def _size_problem(folder: Path, name: str, record: FileRecord) -> str | None:
         return f"{name} is a link out of the bundle"
     size = file.stat().st_size
     return None if size == record.num_bytes else f"{name} has {size} bytes, {record.num_bytes} were exported"
+
+
+def _hash_problem(file: Path, record: FileRecord, progress: Callable[[int], None]) -> str | None:
+    try:
+        is_same = sha256_of(file, progress) == record.sha256
+    except OSError as failure:
+        return f"{file.name} can not be read ({failure.strerror})"
+    return None if is_same else f"{file.name} is not the file that was exported: its hash differs"
