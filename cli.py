@@ -52,13 +52,23 @@ def mends(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except MotrtError as failure:
-            if kwargs.get("as_json"):
-                report = {"report": failure.report} if isinstance(failure, ParityError) and failure.report else {}
-                print_json({"error": type(failure).__name__, "message": str(failure), **report})
-            progress.print(f"[bold red]Error:[/bold red] {escape(str(failure))}", soft_wrap=True)
+            report = {"report": failure.report} if isinstance(failure, ParityError) and failure.report else {}
+            tell_failure(type(failure).__name__, str(failure), kwargs, report)
             sys.exit(EXIT_USAGE if isinstance(failure, InputError) else EXIT_FAILED)
+        except OSError as failure:  # the machine's answer about a path: not ours to mend, and no bug
+            if failure.filename is None:
+                raise
+            tell_failure("OSError", f"{failure.filename}: {failure.strerror}; mend that, or give another path", kwargs, {})
+            sys.exit(EXIT_FAILED)
 
     return mended
+
+
+def tell_failure(kind: str, message: str, options: dict[str, Any], report: dict[str, Any]) -> None:
+    """A sentence on standard error; for machines, the same as the one JSON document."""
+    if options.get("as_json"):
+        print_json({"error": kind, "message": message, **report})
+    progress.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
 
 
 def print_json(values: Any) -> None:
@@ -244,7 +254,7 @@ def export(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What it was made of; found by itself where it lay.")
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="For products; 0: one per core.")
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
 @json_option
 @mends
 def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as_json: bool) -> None:
@@ -282,7 +292,7 @@ def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, help="Where chance starts; a fresh one where not said.")
 @click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="For products; 0: one per core.")
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
 @click.option("--check", type=click.Choice(["size", "hash"]), default="size", show_default=True, help="Of the bundle's files.")
 @json_option
 @mends

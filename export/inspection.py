@@ -130,6 +130,8 @@ def _onnx(file: Path) -> dict[str, Any]:
         model = onnx.load(file, load_external_data=False)
     except Exception as failure:  # protobuf's own exceptions
         raise InputError(f"{file} is no ONNX file ({failure})") from None
+    if not model.graph.node:
+        raise InputError(f"{file} is no ONNX file: it holds no graph")
     initializers = list(model.graph.initializer)
     return {
         "path": str(file),
@@ -146,6 +148,6 @@ def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
     tensor = value.type.tensor_type
     return {
         "name": value.name,
-        "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
+        "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else "unknown",
         "dims": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
     }

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -43,7 +44,8 @@ class DrawnSteps(Steps):
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table; columns whose name ends in ``>`` are numbers, right-aligned."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    made.show_header = any(columns)
     for column in columns:
         made.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
@@ -67,6 +69,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
         title_justify="left",
         title_style="bold",
         header_style="bold",
+        box=box.SIMPLE_HEAD,
     )
     for name in ("rung", "question", "outcome"):
         made.add_column(name)
@@ -148,9 +151,10 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
         made.append(table("weights read by one decode step", ["modality", "parameters>", "size>"], steps))
     if "health" in found:
         problems = found["health"]["problems"] or ["nothing to remark: no NaN, no Inf, no constant rows"]
-        made.append(table("health", ["finding"], [(problem,) for problem in problems]))
+        made.append(table("health", [""], [(problem,) for problem in problems]))
     if "operators" in found:
-        made.append(table("operators", ["operator", "number>"], list(found["operators"].items())))
+        counts = sorted(found["operators"].items(), key=lambda one: (-one[1], one[0]))
+        made.append(table("operators", [""], [(", ".join(f"{count} {name}" for name, count in counts),)]))
     if "inputs" in found or "signature" in found:
         made.append(_signature(found.get("signature", found)))
     if "tensors" in found:
@@ -158,14 +162,18 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
         more = len(found["tensors"]) - len(tensors)
         made.append(table("tensors", ["name", "dtype", "shape"], tensors + [(f"... and {more} more", "", "")] * bool(more)))
     if found.get("files"):
-        files = [(one["name"], size(one["bytes"]), one["sha256"]) for one in found["files"]]
-        made.append(table("files", ["name", "size>", "sha256"], files))
+        # The hash below the name: a terminal of 80 columns then shows it in one piece.
+        files = [(f"{one['name']}\n{one['sha256']}", size(one["bytes"])) for one in found["files"]]
+        if "source" in found:
+            files.append((f"the checkpoint that it was made of\n{found['source']['sha256']}", ""))
+        made.append(table("files", ["name and sha256", "size>"], files))
     return made
 
 
 def _overview(found: Mapping[str, Any]) -> Table:
     rows = [("kind", found["kind"]), ("path", found.get("path", ""))]
-    rows += [(name, found[name]) for name in ("dtype", "opsets") if name in found]
+    rows += [("dtype", found["dtype"])] if "dtype" in found else []
+    rows += [("opset", ", ".join(f"{name} {number}" for name, number in found["opsets"].items()))] if "opsets" in found else []
     if "total_parameters" in found:
         rows.append(("parameters", f"{found['total_parameters']:,}"))
     if "total_bytes" in found:
@@ -173,7 +181,7 @@ def _overview(found: Mapping[str, Any]) -> Table:
     if "config" in found:
         rows += _configuration(found["config"])
     if "source" in found:
-        rows += [("made of", found["source"]["path"]), ("its sha256", found["source"]["sha256"])]
+        rows.append(("made of", found["source"]["path"]))
     if "parity" in found:
         parity = found["parity"]
         rows.append(("parity", f"{parity['verdict']}, {parity['backend']}" if parity else "not verified"))
