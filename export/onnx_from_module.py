@@ -129,20 +129,11 @@ def _simplify(model: ir.Model) -> None:
     weights = {value: value.const_value for value in model.graph.initializers.values() if _is_fake(value)}
     for value in weights:
         value.const_value = None  # a rewrite would drop a bias of zeros, or merge two equal norms
+    common_passes.InlinePass()(model)
+    for _ in range(2):  # what one round folds, the next can rewrite
+        optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=8192, output_size_limit=1 << 18)
+        rewriter.rewrite(model)
     ir.passes.Sequential(
-        common_passes.InlinePass(),
-        ir.passes.PassManager(
-            [
-                optimizer._constant_folding.FoldConstantsPass(
-                    shape_inference=True, input_size_limit=8192, output_size_limit=1 << 18
-                ),
-                rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
-                common_passes.RemoveUnusedNodesPass(),
-                common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
-                common_passes.RemoveUnusedOpsetsPass(),
-            ],
-            steps=2,
-        ),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.DeduplicateInitializersPass(),
         common_passes.CommonSubexpressionEliminationPass(),
