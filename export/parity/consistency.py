@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from motrt.errors import BackendError
 from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.generation import greedy, near_tie_margin
 from motrt.export.parity.metrics import RowDifference, compare_rows
@@ -92,8 +93,11 @@ def _streamed(session: Session, batch: Scenario) -> Finding:
     names = session.config.modality_names
     streamed: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
     steps = session.generate(prompts, schedule=lambda at: names[plan[len(at.tokens)]] if len(at.tokens) < count else None)
-    for step in steps:
-        streamed[step.row].append(step.token_id)
+    try:
+        for step in steps:
+            streamed[step.row].append(step.token_id)
+    except BackendError as failure:  # logits that no id can be chosen from: a finding, not the end of the climb
+        return Finding(RUNG, question, Outcome.FAIL, str(failure))
     outcome, detail = Outcome.PASS, ""
     for number, prompt in enumerate(prompts):
         alone = greedy(session, prompt, plan)

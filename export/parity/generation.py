@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from motrt.errors import BackendError
 from motrt.export.parity.findings import Finding, Outcome
 from motrt.export.parity.tolerances import NEAR_TIE_DEVIATIONS
 from motrt.model_def.config import ModelConfig
@@ -102,8 +103,11 @@ def _compared(session: Session, plan: Plan, expected: Greedy, noise: float) -> F
         done = len(progress.tokens)
         return names[plan.modalities[done]] if done < len(plan.modalities) else None
 
-    came = [step.token_id for step in session.generate(plan.prompt, schedule=schedule)]
     question = f"greedy tokens agree {plan.name}"
+    try:
+        came = [step.token_id for step in session.generate(plan.prompt, schedule=schedule)]
+    except BackendError as failure:  # logits that no id can be chosen from: a finding, not the end of the climb
+        return Finding(RUNG, question, Outcome.FAIL, str(failure))
     pairs = enumerate(zip(expected.tokens, came, strict=False))
     matched = next((i for i, (a, b) in pairs if a != b), min(len(expected.tokens), len(came)))
     figures = {"tokens": len(expected.tokens), "matched": matched, "noise": noise}
