@@ -189,7 +189,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
     try:
         missing = [name for name in _REQUIRED if name not in values]
-        raise_all(BundleError, f"{folder / MANIFEST_FILE} lacks:", missing)
+        raise_all(BundleError, f"{folder / MANIFEST_FILE} is not whole; export the bundle again. It lacks:", missing)
         contract = values["signature"]["contract_version"]
         if contract > CONTRACT_VERSION:  # first of all: a newer contract's configuration may have fields unknown here
             raise BundleError(
@@ -210,7 +210,7 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:
         raise BundleError(f"{folder / MANIFEST_FILE} is no manifest of this version ({failure}): export again") from None
     needed = [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in manifest.files]
-    raise_all(BundleError, f"{folder / MANIFEST_FILE} names no:", needed)
+    raise_all(BundleError, f"{folder / MANIFEST_FILE} is not whole; export the bundle again. It names no:", needed)
     return manifest
 
 
