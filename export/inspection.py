@@ -28,7 +28,7 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
         steps: told of progress: weights are read through for their health, files for their hashes.
 
     Returns:
-        ``kind`` and, as far as the kind has them: ``config``, ``parameters`` (by part and modality), ``bytes_per_step``
+        ``kind`` and, as far as the kind has them: ``config``, ``parameters`` (by part and modality), ``bytes_read_per_step``
         (by modality), ``dtype``, ``health``, ``files`` (with hashes), ``operators``, ``parity``, ``tensors``.
 
     Raises:

@@ -90,7 +90,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else ""
+    return f"{value:.2g}" if isinstance(value, float) else str(value or "")
 
 
 def _more(figures: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isfinite
 from typing import Any
 
 
@@ -39,7 +40,11 @@ class Finding:
             "question": self.question,
             "outcome": self.outcome.value,
             "detail": self.detail,
-            "figures": dict(self.figures),
+            # JSON has no word for infinity and NaN; machines that read it strictly would refuse the whole report.
+            "figures": {
+                name: str(value) if isinstance(value, float) and not isfinite(value) else value
+                for name, value in self.figures.items()
+            },
         }
 
 

@@ -62,7 +62,7 @@ def compare_rows(expected: Floats, came: Floats) -> RowDifference:
         cosine=float(wanted @ got) / max(norm * other, 1e-30),
         kl=_kl(wanted, got),
         margin=margin,
-        same_top_1=int(order[0]) == int(np.argmax(got)),
+        same_top_1=int(np.argmax(wanted)) == int(np.argmax(got)),  # both take the first of equals
         top_k_overlap=overlap,
     )
 

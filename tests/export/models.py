@@ -47,7 +47,8 @@ def save_whole(model: onnx.ModelProto, folder: Path) -> Path:
 
 
 def weight(model: onnx.ModelProto, name: str) -> Weight:
-    return onnx.numpy_helper.to_array(next(one for one in model.graph.initializer if one.name == name)).copy()
+    value: Weight = onnx.numpy_helper.to_array(next(one for one in model.graph.initializer if one.name == name)).copy()
+    return value
 
 
 def set_weight(model: onnx.ModelProto, name: str, value: Weight) -> None:
