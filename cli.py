@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,10 @@ def needs_export_packages() -> None:
     try:
         import onnx  # noqa: F401
         import torch  # noqa: F401
+
+        for name in ("onnx_ir", "onnxscript"):  # only looked for: importing them takes a second, and most commands need neither
+            if find_spec(name) is None:
+                raise ImportError(f"No module named {name!r}")
     except ImportError as missing:
         raise BackendError(f"this command needs PyTorch and ONNX ({missing}): pip install 'motrt[export,cpu]'") from None
 

@@ -3,6 +3,7 @@
 Needs what pip needs to find packages: an index, or a folder of wheels.
 """
 
+import json
 import os
 import re
 import shutil
@@ -118,8 +119,23 @@ def test_the_installed_program_introduces_itself_without_torch_or_onnx(empty_env
 
 
 def test_the_installed_program_generates_from_a_bundle(empty_environment: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    command = (empty_environment / "motrt", "generate", tiny_bundle, "--prompt-ids", "1,2,3", "--max-tokens", "4", "--json")
-    assert run(*command, cwd=tmp_path).strip()
+    command = ("generate", tiny_bundle, "--prompt-ids", "1,2,3", "--schedule", "text:4,audio:2f", "--json")
+    there = json.loads(run(empty_environment / "motrt", *command, cwd=tmp_path))
+    here = json.loads(run(sys.executable, "-m", "motrt", *command, cwd=tmp_path))
+    assert there["tokens"] == here["tokens"]
+    assert there["frames"] == here["frames"]
+    assert (len(there["tokens"]), len(there["frames"]), there["finish"]) == (12, 2, "schedule")
+
+
+def test_the_installed_program_says_what_a_command_needs_that_is_not_there(
+    empty_environment: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for arguments in (("init", "model"), ("inspect", tiny_bundle), ("export", "a", "b"), ("verify", tiny_bundle)):
+        done = subprocess.run([empty_environment / "motrt", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "pip install 'motrt[export,cpu]'" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_installed_library_says_the_same_tokens_as_this_one(
