@@ -42,6 +42,7 @@ def check_onnx(model_file: Path, config: ModelConfig, dtype: str) -> dict[str, i
     raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
     raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype))
     raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config))
+    raise_all(ExportError, "operators carry other numbers than the model's:", attribute_problems(model, config))
     raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config))
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
     return census(model)
@@ -101,6 +102,33 @@ def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
         for name, count in expected.items()
         if counts.get(name, 0) != count
     ]
+
+
+def attribute_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
+    """The numbers that are baked into operators: a wrong epsilon can hide below any tolerance on well-scaled activations."""
+    expected: dict[tuple[str, str], float | bytes] = {
+        ("RMSNormalization", "epsilon"): config.norm_eps,
+        ("Attention", "scale"): config.head_size**-0.5,
+        ("Attention", "is_causal"): 0,
+        ("Attention", "softcap"): 0.0,
+        ("RotaryEmbedding", "interleaved"): int(config.rope.style == "interleaved"),
+        ("RotaryEmbedding", "rotary_embedding_dim"): 0,
+        ("Gelu", "approximate"): b"none",
+        ("TensorScatter", "mode"): b"linear",
+    }
+    return [
+        f"{node.op_type} ({node.name}) has {attribute.name} {value!r}, {wanted!r} was expected"
+        for node in model.graph.node
+        for attribute in node.attribute
+        if (wanted := expected.get((node.op_type, attribute.name))) is not None
+        and not _same_number((value := onnx.helper.get_attribute_value(attribute)), wanted)
+    ]
+
+
+def _same_number(value: float | bytes, wanted: float | bytes) -> bool:
+    if isinstance(value, bytes) or isinstance(wanted, bytes):
+        return value == wanted
+    return abs(value - wanted) <= 1e-6 * abs(wanted)  # attributes are float32
 
 
 def routing_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto
 
 from motrt.export.onnx_check import (
+    attribute_problems,
     census_problems,
     contract_problems,
     location_problems,
@@ -41,6 +42,7 @@ def contract_findings(
         judged(RUNG, "graph keeps the contract", contract_problems(model, Signature.canonical(config, dtype))),
         judged(RUNG, "every weight is in the graph and read", weight_problems(model, config, dtype)),
         judged(RUNG, "operators are standard and as many as the model has parts", census_problems(model, config)),
+        judged(RUNG, "operators carry the model's numbers", attribute_problems(model, config)),
         judged(RUNG, "routed weights multiply their own rows alone", routing_problems(model, config)),
         judged(RUNG, "external data are one file", location_problems(model)),
         judged(

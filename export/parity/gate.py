@@ -1,6 +1,7 @@
 """Climb the ladder, rung by rung, and say whether what runs is the model.
 
-The reference runs first and is let go before the backend is loaded: only one set of weights is in memory at a time.
+The reference runs first and is let go before the backend is loaded: the two are never in memory together. For the laws that
+replace weights (P3) a second session stands beside the first.
 """
 
 import time

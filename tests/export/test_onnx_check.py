@@ -77,7 +77,24 @@ def break_it(model: onnx.ModelProto) -> None:
     model.graph.node[0].op_type = "NoSuchOperator"
 
 
+def set_attribute(model: onnx.ModelProto, operator: str, name: str, value: float | int | str) -> None:
+    node = nodes(model, operator)[-1]
+    kept = [one for one in node.attribute if one.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
 DOCTORED: dict[str, tuple[Doctor, str]] = {
+    "another epsilon": (
+        lambda model: set_attribute(model, "RMSNormalization", "epsilon", 1e-6),
+        "other numbers.*\n.*epsilon .* 1e-05 was expected",
+    ),
+    "another scale": (lambda model: set_attribute(model, "Attention", "scale", 0.5), "Attention .* has scale 0.5"),
+    "another rotation": (
+        lambda model: set_attribute(model, "RotaryEmbedding", "interleaved", 0),
+        "RotaryEmbedding .* has interleaved 0, 1 was expected",
+    ),
+    "approximate GELU": (lambda model: set_attribute(model, "Gelu", "approximate", "tanh"), "Gelu .* has approximate b'tanh'"),
     "no operator of that name": (break_it, "is no valid ONNX"),
     "input renamed": (lambda model: rename(model, "input_ids", "tokens"), "contract:\n  - input 'input_ids' is missing"),
     "output renamed": (lambda model: rename(model, "present_key.1", "k1"), "contract:\n  - output 'present_key.1' is missing"),
