@@ -22,7 +22,7 @@ from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import as_whole_numbers, check_prompts
 from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces
 
-Prompt = str | Sequence[int] | Sequence[str | Sequence[int]]
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 
 
 @dataclass(frozen=True)

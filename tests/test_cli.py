@@ -158,7 +158,13 @@ def test_verifys_exit_code_is_its_verdict(
 ) -> None:
     class Judged:
         def to_dict(self) -> dict[str, Any]:
-            finding = {"rung": "P4", "question": "agreement", "outcome": verdict.value, "detail": "so it is", "figures": {}}
+            finding: dict[str, Any] = {
+                "rung": "P4",
+                "question": "agreement",
+                "outcome": verdict.value,
+                "detail": "so it is",
+                "figures": {},
+            }
             return {"verdict": verdict.value, "seconds": 1.0, "backend": "b", "reference": "r", "findings": [finding]}
 
     monkeypatch.setattr(bundle_from_checkpoint, "verify_bundle", lambda *arguments: Judged())

@@ -347,7 +347,8 @@ def test_prompts_may_be_sequences_and_arrays_of_any_kind(prompt: Any, parrot: Pa
 
 def test_text_and_ids_may_be_prompts_of_one_batch(parrot: Parrot) -> None:
     parrot.tokenizer = Tokenizer(models.WordLevel({"hello": 40, "?": 3}, unk_token="?"))
-    steps = list(parrot.generate(["hello", [5, 6], "what"], max_tokens=1))
+    batch: list[str | Sequence[int]] = ["hello", [5, 6], "what"]
+    steps = list(parrot.generate(batch, max_tokens=1))
     assert [step.token_id for step in steps] == [41, 7, 4]
 
 

@@ -22,8 +22,10 @@ MIXED = [1, 2, 100, 101, 102, 103, 7, 120, 9]
 RAGGED = [TEXT, AUDIO, MIXED, [3], [127]]
 NEXT = ["text", "audio", "audio", "audio", "text"]  # rows 3 and 4 change over
 
-# The largest error that float32 makes in so small a model is a hundred times smaller.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+def assert_close(came: Logits, expected: Logits) -> None:
+    """Equal but for rounding: float32's largest error in so small a model is a hundred times smaller than this."""
+    np.testing.assert_allclose(came, expected, rtol=1e-4, atol=1e-4)
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -48,24 +50,24 @@ def test_ragged_prompts_of_every_modality_are_read_as_the_decoder_reads_them(onn
     came, cache = onnx.prefill(RAGGED, NEXT)
     assert came.dtype == np.float32
     assert cache.lengths.tolist() == [len(row) for row in RAGGED]
-    np.testing.assert_allclose(came, expected, **CLOSE)
+    assert_close(came, expected)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 8, 9, 100])
 def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(onnx: Session, chunk_size: int) -> None:
     whole, _ = onnx.prefill(RAGGED, NEXT)
     chunked, cache = onnx.prefill(RAGGED, NEXT, chunk_size=chunk_size)
-    np.testing.assert_allclose(chunked, whole, **CLOSE)
+    assert_close(chunked, whole)
     after = onnx.decode_step([1, 2, 97, 98, 3], "text", cache)
     _, other = onnx.prefill(RAGGED, NEXT)
-    np.testing.assert_allclose(after, onnx.decode_step([1, 2, 97, 98, 3], "text", other), **CLOSE)
+    assert_close(after, onnx.decode_step([1, 2, 97, 98, 3], "text", other))
 
 
 def test_steps_over_every_border_of_the_cache_up_to_its_end_are_the_decoders(onnx: Session, reference: Session) -> None:
     prompt, ids = random_ids(60), random_ids(onnx.config.max_seq_len - 60, seed=1)
     expected, came = decode(reference, prompt, ids), decode(onnx, prompt, ids)
     assert len(came) == 1 + onnx.config.max_seq_len - 60
-    np.testing.assert_allclose(came, expected, **CLOSE)
+    assert_close(came, expected)
 
 
 def test_rows_alone_are_the_rows_in_the_batch(onnx: Session) -> None:
@@ -74,9 +76,9 @@ def test_rows_alone_are_the_rows_in_the_batch(onnx: Session) -> None:
     stepped = onnx.decode_step(next_ids, NEXT, cache)
     for number, row in enumerate(RAGGED):
         alone, own = onnx.prefill([row], NEXT[number])
-        np.testing.assert_allclose(alone[0], together[number], **CLOSE)
+        assert_close(alone[0], together[number])
         step = onnx.decode_step([next_ids[number]], NEXT[number], own)
-        np.testing.assert_allclose(step[0], stepped[number], **CLOSE)
+        assert_close(step[0], stepped[number])
 
 
 def test_rows_that_rest_are_not_moved(onnx: Session) -> None:
@@ -89,7 +91,7 @@ def test_rows_that_rest_are_not_moved(onnx: Session) -> None:
     assert cache.lengths.tolist() == [7, 12, 9, 4, 1]
     came = onnx.decode_step([8, last[1], 8, 5, 8], "text", cache, active=[0, 2, 4])
     expected = onnx.decode_step([8, 8, 8, 8, 8], "text", undisturbed)
-    np.testing.assert_allclose(came, expected[[0, 2, 4]], **CLOSE)
+    assert_close(came, expected[[0, 2, 4]])
 
 
 @pytest.mark.parametrize("modality", ["text", "audio"])
@@ -143,14 +145,15 @@ def test_a_row_that_is_full_may_rest_while_others_go_on(onnx: Session) -> None:
     full = random_ids(onnx.config.max_seq_len)
     _, cache = onnx.prefill([full, TEXT], "text")
     came = onnx.decode_step([full[-1], 4], "text", cache, active=[1])
-    np.testing.assert_allclose(came[0], decode(onnx, TEXT, [4])[1], **CLOSE)
+    assert_close(came[0], decode(onnx, TEXT, [4])[1])
 
 
 def test_a_step_that_failed_leaves_the_cache_as_it_was(onnx: Session) -> None:
     _, cache = onnx.prefill([TEXT], "text")
-    for arguments in (([999], "text"), ([1], "smell"), ([1, 2], "text"), ([1.5], "text")):
+    wrong: list[tuple[Any, str]] = [([999], "text"), ([1], "smell"), ([1, 2], "text"), ([1.5], "text")]
+    for token_ids, modality in wrong:
         with pytest.raises(InputError):
-            onnx.decode_step(*arguments, cache)  # type: ignore[arg-type]
+            onnx.decode_step(token_ids, modality, cache)
     assert cache.lengths.tolist() == [len(TEXT)]
     np.testing.assert_array_equal(onnx.decode_step([4], "text", cache)[0], decode(onnx, TEXT, [4])[1])
 
@@ -334,8 +337,6 @@ def test_the_torch_session_refuses_nothing_that_onnxruntime_accepts(onnx: Sessio
         assert onnx.backend == "onnxruntime (CPU)"
         expected, cache = onnx.prefill(RAGGED, NEXT, chunk_size=4)
         came, other = torch.prefill(RAGGED, NEXT, chunk_size=4)
-        np.testing.assert_allclose(came, expected, **CLOSE)
+        assert_close(came, expected)
         step = ([1, 2, 97, 98, 3], ["audio", "text"])
-        np.testing.assert_allclose(
-            torch.decode_step(*step, other, active=[0, 2]), onnx.decode_step(*step, cache, active=[0, 2]), **CLOSE
-        )
+        assert_close(torch.decode_step(*step, other, active=[0, 2]), onnx.decode_step(*step, cache, active=[0, 2]))

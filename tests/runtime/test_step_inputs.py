@@ -49,11 +49,10 @@ def prefills(draw: st.DrawFn) -> Case:
 @st.composite
 def decodes(draw: st.DrawFn) -> Case:
     count = draw(st.integers(1, 5))
-    per_row = {"min_size": count, "max_size": count}
-    lengths = np.array(draw(st.lists(st.integers(1, 100), **per_row)))
+    lengths = np.array(draw(st.lists(st.integers(1, 100), min_size=count, max_size=count)))
     active = np.array(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1))))
     predicted = np.array(draw(st.lists(st.integers(0, 1), min_size=len(active), max_size=len(active))))
-    inputs = decode_inputs(np.array(draw(st.lists(ids, **per_row))), lengths, active, predicted, TINY)
+    inputs = decode_inputs(np.array(draw(st.lists(ids, min_size=count, max_size=count))), lengths, active, predicted, TINY)
     return Case(inputs, count, int(lengths.max()) + 1)
 
 
@@ -209,13 +208,15 @@ def test_a_prompt_that_can_not_be_read_is_refused(prompts: Any, said: str) -> No
 
 
 def test_every_bad_prompt_is_named() -> None:
+    prompts: list[Any] = [[1], [], [500], ["x"]]
     with pytest.raises(InputError) as failure:
-        check_prompts([[1], [], [500], ["x"]], TINY)
+        check_prompts(prompts, TINY)
     assert all(f"prompt {number}" in str(failure.value) for number in (1, 2, 3))
     assert "prompt 0" not in str(failure.value)
 
 
 def test_prompts_may_be_lists_tuples_and_arrays() -> None:
-    rows = check_prompts([[1, 2], (3,), np.array([4, 99], np.uint8)], TINY)
-    assert [row.tolist() for row in rows] == [[1, 2], [3], [4, 99]]
-    assert [row.tolist() for row in check_prompts(np.array([[1, 2], [3, 4]]), TINY)] == [[1, 2], [3, 4]]
+    each: Any = [[1, 2], (3,), np.array([4, 99], np.uint8)]
+    together: Any = np.array([[1, 2], [3, 4]])
+    assert [row.tolist() for row in check_prompts(each, TINY)] == [[1, 2], [3], [4, 99]]
+    assert [row.tolist() for row in check_prompts(together, TINY)] == [[1, 2], [3, 4]]
