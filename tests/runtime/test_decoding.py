@@ -123,13 +123,13 @@ def test_rows_end_where_their_own_schedule_ends(parrot: Parrot) -> None:
 
 
 def test_rows_that_rest_feed_what_their_cache_holds_already(parrot: Parrot) -> None:
-    def one_or_four(progress: Progress) -> str | None:
-        return "text" if len(progress.tokens) < (1, 4, 0)[progress.prompt[0]] else None
+    def two_four_or_none(progress: Progress) -> str | None:
+        return "text" if len(progress.tokens) < (2, 4, 0)[progress.prompt[0]] else None
 
-    list(parrot.generate([[0, 10], [1, 20], [2, 30]], schedule=one_or_four))
+    list(parrot.generate([[0, 10], [1, 20], [2, 30]], schedule=two_four_or_none))
     fed = [one.input_ids[:, 0].tolist() for one in parrot.passes[1:]]
-    assert fed == [[10, 21, 30], [10, 22, 30], [10, 23, 30]]
-    assert [one.cache_position.tolist() for one in parrot.passes[1:]] == [[1, 2, 1], [1, 3, 1], [1, 4, 1]]
+    assert fed == [[11, 21, 30], [11, 22, 30], [11, 23, 30]]
+    assert [one.cache_position.tolist() for one in parrot.passes[1:]] == [[2, 2, 1], [2, 3, 1], [2, 4, 1]]
 
 
 def test_a_stop_id_is_said_and_ends_its_row_alone(parrot: Parrot) -> None:

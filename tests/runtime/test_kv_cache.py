@@ -19,6 +19,11 @@ def test_a_bucket_holds_what_was_asked_and_is_never_twice_too_large(num_position
     assert capacity < max(2 * num_positions, SMALLEST_CAPACITY + 1)
 
 
+@pytest.mark.parametrize(("positions", "capacity"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 200), (200, 200)])
+def test_the_borders_of_the_buckets(positions: int, capacity: int) -> None:
+    assert capacity_for(positions, 200) == capacity
+
+
 @given(st.integers(1, 10**4))
 def test_there_are_few_buckets(max_seq_len: int) -> None:
     buckets = {capacity_for(positions, max_seq_len) for positions in range(1, max_seq_len + 1)}
