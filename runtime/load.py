@@ -45,7 +45,7 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
         return _with_tokenizer(*_torch_session(folder))
     bundle = open_bundle(folder, check)
     if backend == "torch":
-        session, tokenizer = _torch_session(source_of(bundle))
+        session, tokenizer = _torch_session(source_of(bundle), bundle, check)
         return _with_tokenizer(session, bundle.tokenizer_path or tokenizer)
     return _with_tokenizer(onnx_session(bundle, num_threads), bundle.tokenizer_path)
 
@@ -82,7 +82,8 @@ def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
     return session
 
 
-def _torch_session(folder: Path) -> tuple[Session, Path | None]:
+def _torch_session(folder: Path, bundle: Bundle | None = None, check: str = "size") -> tuple[Session, Path | None]:
+    """The checkpoint in ``folder``; where it stands for a bundle, at the bundle's length, and the very one if hashes count."""
     try:
         from motrt.model_def.checkpoint.native import open_checkpoint
         from motrt.runtime.torch_session import TorchSession
@@ -91,7 +92,11 @@ def _torch_session(folder: Path) -> tuple[Session, Path | None]:
             f"the torch backend needs PyTorch ({missing}): install it with `pip install 'motrt[export]'`"
         ) from missing
     checkpoint = open_checkpoint(folder)
-    return TorchSession.open(checkpoint), checkpoint.tokenizer_path
+    if bundle is None:
+        return TorchSession.open(checkpoint), checkpoint.tokenizer_path
+    if check == "hash" and checkpoint.sha256() != bundle.manifest.source["sha256"]:
+        raise CheckpointError(f"{folder} is not the checkpoint that {bundle.path} was made of (its hash differs): export again")
+    return TorchSession.open(checkpoint, max_seq_len=bundle.config.max_seq_len), checkpoint.tokenizer_path
 
 
 def _with_tokenizer(session: Session, path: Path | None) -> Session:

@@ -121,9 +121,8 @@ class OnnxSession(Session):
 
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         binding = cache.buffers.binding
-        fed = {
-            name: np.ascontiguousarray(value) for name, value in inputs.named().items()
-        }  # kept: they are read where they lie
+        # Kept in a name until the run is over: onnxruntime reads them where they lie.
+        fed = {name: np.ascontiguousarray(value) for name, value in inputs.named().items()}
         for name, value in fed.items():
             binding.bind_cpu_input(name, value)
         logits = np.empty((len(inputs.logits_index), self.config.vocab_size), np.float32)

@@ -26,10 +26,19 @@ class TorchSession(Session):
         self.precision = next(name for name, dtype in PRECISIONS.items() if dtype == decoder.dtype)
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint, precision: str = "fp32", device: str = "cpu") -> "TorchSession":
-        """Load every weight of ``checkpoint``, converted to ``precision``."""
-        decoder = Decoder.from_tensors(checkpoint.config, checkpoint.read, PRECISIONS[precision], device)
-        return cls(decoder)
+    def open(
+        cls, checkpoint: Checkpoint, precision: str = "fp32", device: str = "cpu", max_seq_len: int | None = None
+    ) -> "TorchSession":
+        """Load every weight of ``checkpoint``, converted to ``precision``.
+
+        Args:
+            checkpoint: what to load.
+            precision: ``fp64``, ``fp32``, ``bf16`` or ``fp16``, of weights, activations and cache.
+            device: where it runs.
+            max_seq_len: most positions per row; None: the checkpoint's.
+        """
+        config = checkpoint.config if max_seq_len is None else checkpoint.config.replace(max_seq_len=max_seq_len)
+        return cls(Decoder.from_tensors(config, checkpoint.read, PRECISIONS[precision], device))
 
     def make_buffers(self, batch_size: int, capacity: int) -> Cache:
         return self.decoder.new_cache(batch_size, capacity)

@@ -23,12 +23,11 @@ from motrt.export.parity.scenarios import Observation, Scenario, observe, scenar
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.decoder import Decoder
 from motrt.model_def.parameters import parameters
 from motrt.runtime.bundle import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
-from motrt.runtime.torch_session import PRECISIONS, TorchSession
+from motrt.runtime.torch_session import TorchSession
 
 # Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
 LARGEST_FLOAT64_REFERENCE = 10_000_000
@@ -97,9 +96,7 @@ def reference(config: ModelConfig, checkpoint: Checkpoint) -> Expectation:
     size = sum(parameter.numel for parameter in parameters(config))
     precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
     # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
-    original = checkpoint.config.replace(max_seq_len=config.max_seq_len)
-    decoder = Decoder.from_tensors(original, checkpoint.read, PRECISIONS[precision])
-    with TorchSession(decoder) as session:
+    with TorchSession.open(checkpoint, precision, max_seq_len=config.max_seq_len) as session:
         return ask(session)
 
 

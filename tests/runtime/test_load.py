@@ -1,5 +1,6 @@
 """From a path to a session: which backend, which checks, and what is missing where one can not be had."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from motrt.errors import BackendError, BundleError, CheckpointError, InputError
+from motrt.export.bundle_from_checkpoint import export_bundle
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.initialize import init_checkpoint
 from motrt.runtime import bundle as bundles
 from motrt.runtime.bundle import open_bundle, record_files, write_manifest
 from motrt.runtime.load import load, source_of
@@ -145,3 +149,14 @@ def test_a_tokenizer_of_another_model_is_refused_before_its_ids_pass_for_audio(b
     with_tokenizer(bundle_copy, Tokenizer(models.WordLevel({"hello": 100, "?": 3}, unk_token="?")).to_str())
     with load(bundle_copy) as session, pytest.raises(InputError, match=r"id 100 of the prompt, and .* text ids are 0\.\.95"):
         session.generate("hello", max_tokens=1)
+
+
+def test_the_reference_of_a_bundle_has_the_bundles_length_and_is_the_very_checkpoint(tmp_path: Path) -> None:
+    init_checkpoint(tmp_path / "model", ModelConfig.tiny())
+    export_bundle(tmp_path / "model", tmp_path / "bundle", max_seq_len=70, verify=False)
+    with load(tmp_path / "bundle", "torch", "hash") as session:
+        assert session.config.max_seq_len == 70
+    shutil.rmtree(tmp_path / "model")
+    init_checkpoint(tmp_path / "model", ModelConfig.tiny(), seed=1)
+    with pytest.raises(CheckpointError, match="its hash differs"):
+        load(tmp_path / "bundle", "torch", "hash")
