@@ -37,7 +37,7 @@ from motrt.runtime.bundle import (
     record_files,
     write_manifest,
 )
-from motrt.runtime.load import source_of
+from motrt.runtime.load import read_tokenizer, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "n
 # The rotary tables hold every position; beyond this they would be larger than the model.
 LONGEST_SEQUENCE = 1 << 20
 
-_GRAPH_BYTES = 8 << 20  # more than model.onnx, manifest and tables ever take
+_GRAPH_BYTES = 8 << 20  # more than model.onnx and the manifest ever take
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def export_bundle(
     Raises:
         CheckpointError: for a checkpoint that is not whole, or holds NaN.
         UntrainedRowsError: naming rows of a modality that was never trained.
+        BundleError: for a tokenizer that can not be read.
         ExportError: where the graph can not be made or is not the one asked for, or ``out`` can not be written.
         ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
     """
@@ -95,8 +96,10 @@ def export_bundle(
     checkpoint = open_checkpoint(checkpoint_path)
     config, read = _as_exported(checkpoint, max_seq_len)
     _refuse_what_can_not_be(precision, verify)
+    if checkpoint.tokenizer_path is not None:
+        read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
     num_bytes = sum(one.numel for one in parameters(config)) * TORCH_DTYPES[DTYPE_OF_PRECISION[precision]].itemsize
-    with new_folder(out, num_bytes + _GRAPH_BYTES, ExportError) as folder:
+    with new_folder(out, num_bytes + _bytes_beside_weights(checkpoint, config), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
         with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
@@ -201,6 +204,12 @@ def _prove(
         message = "\n  - ".join(["what was exported is not the model, so no bundle was made:", *failed])
         raise ParityError(message, report.to_dict())
     return report
+
+
+def _bytes_beside_weights(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Rotary tables (two of [max_seq_len, d/2], at most float32), tokenizer, graph and manifest."""
+    tokenizer = checkpoint.tokenizer_path.stat().st_size if checkpoint.tokenizer_path is not None else 0
+    return 4 * config.max_seq_len * config.head_size + tokenizer + _GRAPH_BYTES
 
 
 def _counting(read: Read, advance: Advance) -> Read:

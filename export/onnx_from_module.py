@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 ROPE_TABLES = ("rope_cos", "rope_sin")
 
-# Tensors smaller than this stay inside model.onnx: scalars and shapes that readers want to see.
-SMALLEST_EXTERNAL_BYTES = 1024
+# Tensors smaller than this stay inside model.onnx: scalars and shapes that readers want to see, and no weight.
+SMALLEST_EXTERNAL_BYTES = 64
 
 
 def trace(config: ModelConfig, dtype: str) -> ir.Model:

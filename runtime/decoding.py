@@ -124,7 +124,6 @@ class _Row:
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.next_modality: int | None = None
-        self._newest_in_cache = prompt[-1]
         self._sampling = sampling
         self._seeds = {name: fresh_seed() if one.seed is None else one.seed for name, one in sampling.items()}
         self._frames = FrameAssembler(self.config)
@@ -136,8 +135,8 @@ class _Row:
 
     @property
     def newest(self) -> int:
-        """The id to feed next; a row that is finished, or never began, repeats what its cache holds last."""
-        return self.tokens[-1] if self.tokens and self.finish is None else self._newest_in_cache
+        """The id to feed next; of a row that is finished, or never began, nobody looks."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
 
     def ask(self, schedule: Schedule) -> int | None:
         self.next_modality = schedules.next_modality(schedule, Progress(self.config, self.prompt, self.tokens))
@@ -152,8 +151,6 @@ class _Row:
         chance = 0.0 if chosen.is_greedy else uniform(self._seeds[name], len(self.tokens))
         seen = self._seen[modality] if chosen.repetition_penalty != 1 else ()
         token = ids.start + draw(logits[ids.start : ids.stop], chosen, uniform=chance, seen=seen)
-        if self.tokens:
-            self._newest_in_cache = self.tokens[-1]
         self.tokens.append(token)
         self._remember(token)
         self.finish = self._finish(token, schedule, stop_ids)

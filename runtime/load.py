@@ -15,7 +15,13 @@ BACKENDS = ("auto", "onnxruntime", "torch")
 MOST_THREADS = 4096
 
 
-def load(path: str | Path, backend: str = "auto", check: str = "size", num_threads: int = 0) -> Session:
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    check: str = "size",
+    num_threads: int = 0,
+    checkpoint: str | Path | None = None,
+) -> Session:
     """Open a bundle (or, with the torch backend, a native checkpoint) for use.
 
     Args:
@@ -24,6 +30,7 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
             ``torch`` is the reference, from the bundle's source checkpoint.
         check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded.
         num_threads: for products; 0: one per core. Ignored by torch.
+        checkpoint: what the bundle was made of, for ``torch``; None: where the manifest says it lay.
 
     Returns:
         A session: a context manager that holds the weights until it is closed.
@@ -31,7 +38,7 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
     Raises:
         InputError: for another backend or check, or an impossible number of threads.
         BundleError: when the bundle is missing, damaged or newer than this version.
-        CheckpointError: when the torch backend finds no checkpoint.
+        CheckpointError: when the torch backend finds no checkpoint, or another than the bundle was made of.
         BackendError: when the library that the backend needs is not installed, or can not run the graph.
     """
     folder = Path(path)
@@ -45,7 +52,7 @@ def load(path: str | Path, backend: str = "auto", check: str = "size", num_threa
         return _with_tokenizer(*_torch_session(folder))
     bundle = open_bundle(folder, check)
     if backend == "torch":
-        session, tokenizer = _torch_session(source_of(bundle), bundle, check)
+        session, tokenizer = _torch_session(Path(checkpoint) if checkpoint is not None else source_of(bundle), bundle)
         return _with_tokenizer(session, bundle.tokenizer_path or tokenizer)
     return _with_tokenizer(onnx_session(bundle, num_threads), bundle.tokenizer_path)
 
@@ -58,7 +65,10 @@ def source_of(bundle: Bundle) -> Path:
     """
     source = Path(bundle.manifest.source["path"])
     if not source.is_dir():
-        raise CheckpointError(f"the checkpoint that this bundle was made of is not at {source} any more: say where it is")
+        raise CheckpointError(
+            f"the checkpoint that this bundle was made of is not at {source} any more: say where it is, with --checkpoint of "
+            "`motrt verify` or checkpoint=... of motrt.load"
+        )
     return source
 
 
@@ -82,8 +92,8 @@ def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
     return session
 
 
-def _torch_session(folder: Path, bundle: Bundle | None = None, check: str = "size") -> tuple[Session, Path | None]:
-    """The checkpoint in ``folder``; where it stands for a bundle, at the bundle's length, and the very one if hashes count."""
+def _torch_session(folder: Path, bundle: Bundle | None = None) -> tuple[Session, Path | None]:
+    """The checkpoint in ``folder``; where it stands for a bundle, the very one, at the bundle's length."""
     try:
         from motrt.model_def.checkpoint.native import open_checkpoint
         from motrt.runtime.torch_session import TorchSession
@@ -94,24 +104,31 @@ def _torch_session(folder: Path, bundle: Bundle | None = None, check: str = "siz
     checkpoint = open_checkpoint(folder)
     if bundle is None:
         return TorchSession.open(checkpoint), checkpoint.tokenizer_path
-    if check == "hash" and checkpoint.sha256() != bundle.manifest.source["sha256"]:
+    if checkpoint.sha256() != bundle.manifest.source["sha256"]:
         raise CheckpointError(f"{folder} is not the checkpoint that {bundle.path} was made of (its hash differs): export again")
     return TorchSession.open(checkpoint, max_seq_len=bundle.config.max_seq_len), checkpoint.tokenizer_path
 
 
 def _with_tokenizer(session: Session, path: Path | None) -> Session:
     try:
-        session.tokenizer = None if path is None else _read_tokenizer(path)
+        session.tokenizer = None if path is None else read_tokenizer(path)
     except BundleError:
         session.close()
         raise
     return session
 
 
-def _read_tokenizer(path: Path) -> "Tokenizer":
+def read_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer in a ``tokenizer.json``.
+
+    Raises:
+        BundleError: when the library can not read it.
+    """
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(path))
     except Exception as failure:  # tokenizers raises plain Exception
-        raise BundleError(f"{path} is no tokenizer that `tokenizers` can read ({failure}): put the right one there") from None
+        raise BundleError(
+            f"{path} is no tokenizer that `tokenizers` can read ({failure}): mend the checkpoint's, and export again"
+        ) from None

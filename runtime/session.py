@@ -101,7 +101,7 @@ class Session(ABC):
             CapacityError: for more positions than the model holds.
         """
         self.refuse_closed()
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"a batch needs a whole number of rows, at least one ({batch_size!r} came)")
         capacity = capacity_for(num_positions, self.config.max_seq_len)
         return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity))
@@ -168,12 +168,13 @@ class Session(ABC):
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         longest = int(lengths.max())
         cache = self.new_cache(len(rows), longest)
-        logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
+        logits = np.empty(0, dtype=np.float32)
         for start in range(0, longest, chunk_size):
             stop = min(start + chunk_size, longest)
             ends_here = (lengths > start) & (lengths <= stop)
             part = self.run(prefill_inputs(rows, start, stop, predicted, self.config), cache)
-            logits = logits.astype(part.dtype, copy=False)
+            if start == 0:
+                logits = np.empty((len(rows), self.config.vocab_size), dtype=part.dtype)
             logits[ends_here] = part
         cache.lengths[:] = lengths
         return logits, cache
@@ -189,10 +190,11 @@ class Session(ABC):
         """Take one more token per row.
 
         Args:
-            token_ids: [b] the newest id of each row; rows that are not active repeat the id they hold last.
+            token_ids: [b] the newest id of each row; of rows that are not active, any.
             next_modality: predicted behind them: one name for all, or one per active row.
             cache: grown by buckets where it is full.
-            active: numbers of the rows that go on, ascending; None: all.
+            active: numbers of the rows that go on, ascending; None: all. The others keep what they hold, and may go on
+                later.
 
         Returns:
             Logits, one row [v] per active row.
@@ -202,19 +204,23 @@ class Session(ABC):
             CapacityError: when an active row already holds the model's maximum; before anything is computed.
         """
         self.refuse_closed()
+        if not isinstance(cache, KVCache):
+            raise InputError(f"cache must be what prefill or new_cache gave ({type(cache).__name__} came)")
         rows = np.arange(cache.batch_size) if active is None else as_whole_numbers(active)
         ids = as_whole_numbers(token_ids)
         if ids is None or len(ids) != cache.batch_size:
             raise InputError(f"token_ids must be {cache.batch_size} whole numbers, one per row ({brief(token_ids)} came)")
         if rows is None or len(rows) == 0 or rows.min() < 0 or rows.max() >= cache.batch_size or (np.diff(rows) <= 0).any():
             raise InputError(f"active must name rows in 0..{cache.batch_size - 1}, ascending ({brief(active)} came)")
-        if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+        if not (ids[rows].min() >= 0 and ids[rows].max() < self.config.vocab_size):
             raise InputError(f"token_ids must be in 0..{self.config.vocab_size - 1} ({brief(token_ids)} came)")
         if not cache.lengths.all():
             raise InputError("the cache has rows that hold nothing: prefill them first")
         predicted = self._modality_indices(next_modality, len(rows))
+        # Room behind every row that can still go on: resting rows are written there too.
         self.reserve(cache, int(cache.lengths[rows].max()) + 1)
-        inputs = decode_inputs(ids, cache.lengths, rows, predicted, self.config)
+        self.reserve(cache, min(int(cache.lengths.max()) + 1, self.config.max_seq_len))
+        inputs = decode_inputs(ids, cache.lengths, rows, predicted, cache.capacity, self.config)
         logits = self.run(inputs, cache)
         cache.lengths[rows] += 1
         return logits
@@ -239,7 +245,7 @@ class Session(ABC):
             raise BackendError("this session is closed: open the bundle again with motrt.load")
 
     def _modality_indices(self, names: str | Sequence[str], count: int) -> NDArray[np.int64]:
-        if not isinstance(names, str | Sequence | np.ndarray):
+        if not isinstance(names, str | Sequence | np.ndarray) or getattr(names, "ndim", 1) == 0:
             raise InputError(f"next_modality must be one name, or one per row ({brief(names)} came)")
         listed = [names] * count if isinstance(names, str) else list(names)
         if len(listed) != count:

@@ -192,17 +192,23 @@ def _window(prompt: Int64, start: int, stop: int) -> Int64:
     return np.concatenate([part, np.full(stop - start - len(part), prompt[-1], dtype=np.int64)])
 
 
-def decode_inputs(token_ids: Int64, lengths: Int64, active: Int64, next_modality: Int64, config: ModelConfig) -> StepInputs:
+def decode_inputs(
+    token_ids: Int64, lengths: Int64, active: Int64, next_modality: Int64, capacity: int, config: ModelConfig
+) -> StepInputs:
     """One token per row, logits wanted for the ``active`` rows.
 
+    A row that rests is fed an active row's id, so that no other modality's weights are read for its sake, and is written
+    behind what it holds, where nothing looks and its next real token will stand. (A row that holds the model's maximum has
+    no such place, and needs none: it can not go on.)
+
     Args:
-        token_ids: [b] each row's newest id; of a row that is not active, the id it holds last.
+        token_ids: [b] each row's newest id; of rows that rest, any.
         lengths: [b] tokens that each row holds.
-        active: [n] row numbers that go on. The others write their last id over itself, which changes nothing.
+        active: [n] row numbers that go on.
         next_modality: [n] predicted behind each active row's token.
+        capacity: positions that the cache has room for.
         config: the model's.
     """
-    resting = np.ones(len(lengths), dtype=np.int64)
-    resting[active] = 0
-    ids = token_ids[:, None]
-    return StepInputs(ids, modality_of_ids(ids, config), lengths - resting, active, next_modality)
+    ids = np.full((len(lengths), 1), token_ids[active[0]], dtype=np.int64)
+    ids[active, 0] = token_ids[active]
+    return StepInputs(ids, modality_of_ids(ids, config), np.minimum(lengths, capacity - 1), active, next_modality)

@@ -1,6 +1,7 @@
 """An export gives a bundle that is proven, or nothing at all."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from motrt.errors import BackendError, CheckpointError, ExportError, ParityError, UntrainedRowsError
+from motrt.errors import BackendError, BundleError, CheckpointError, ExportError, ParityError, UntrainedRowsError
 from motrt.export import bundle_from_checkpoint
 from motrt.export.bundle_from_checkpoint import export_bundle, verify_bundle
 from motrt.export.onnx_check import check_onnx
 from motrt.export.parity.findings import Outcome
 from motrt.export.steps import Advance, Steps
 from motrt.model_def.checkpoint.native import write_checkpoint
-from motrt.model_def.config import ModelConfig
+from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
 from motrt.model_def.head_surgery import with_head
 from motrt.model_def.initialize import random_tensors
 from motrt.runtime.bundle import open_bundle
@@ -280,3 +281,28 @@ def test_nothing_is_overwritten(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="exists already"):
         export_bundle(tiny_checkpoint, tmp_path / "b")
     assert leftovers(tmp_path / "b") == ["mine"]
+
+
+def test_a_tokenizer_that_can_not_be_read_is_refused_before_anything_is_made(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="mend the checkpoint's"):
+        export_bundle(tmp_path / "model", tmp_path / "b")
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_smallest_model_has_its_weights_outside_the_graph(tmp_path: Path) -> None:
+    smallest = ModelConfig(
+        model_width=4,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_size=4,
+        max_seq_len=8,
+        head="shared",
+        modalities=(Modality("text", 5, SwigluExpert(4)),),
+    )
+    write_random(tmp_path / "model", smallest, seed=0)
+    exported = export_bundle(tmp_path / "model", tmp_path / "b")
+    assert exported.report is not None
+    assert exported.report.verdict is Outcome.PASS

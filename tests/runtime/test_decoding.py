@@ -122,14 +122,14 @@ def test_rows_end_where_their_own_schedule_ends(parrot: Parrot) -> None:
     assert [(step.row, step.finish) for step in steps if step.finish] == [(2, "schedule"), (0, "schedule"), (3, "schedule")]
 
 
-def test_rows_that_rest_feed_what_their_cache_holds_already(parrot: Parrot) -> None:
+def test_rows_that_rest_are_fed_an_active_rows_id(parrot: Parrot) -> None:
     def two_four_or_none(progress: Progress) -> str | None:
         return "text" if len(progress.tokens) < (2, 4, 0)[progress.prompt[0]] else None
 
     list(parrot.generate([[0, 10], [1, 20], [2, 30]], schedule=two_four_or_none))
     fed = [one.input_ids[:, 0].tolist() for one in parrot.passes[1:]]
-    assert fed == [[11, 21, 30], [11, 22, 30], [11, 23, 30]]
-    assert [one.cache_position.tolist() for one in parrot.passes[1:]] == [[2, 2, 1], [2, 3, 1], [2, 4, 1]]
+    assert fed == [[11, 21, 11], [22, 22, 22], [23, 23, 23]]
+    assert [one.cache_position.tolist() for one in parrot.passes[1:]] == [[2, 2, 2], [3, 3, 2], [3, 4, 2]]
 
 
 def test_a_stop_id_is_said_and_ends_its_row_alone(parrot: Parrot) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from motrt.errors import BackendError, CapacityError, InputError
+from motrt.model_def.config import ModelConfig
 from motrt.runtime import step_inputs
-from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.kv_cache import SMALLEST_CAPACITY, KVCache
 from motrt.runtime.load import load
 from motrt.runtime.session import Logits, Session
+from motrt.runtime.step_inputs import decode_inputs
 
 TEXT, AUDIO = [5, 17, 80, 2, 2, 91, 33], [96, 127, 101, 101, 110, 98, 125, 99, 96]
 MIXED = [1, 2, 100, 101, 102, 103, 7, 120, 9]
@@ -84,12 +86,12 @@ def test_rows_alone_are_the_rows_in_the_batch(onnx: Session) -> None:
 def test_rows_that_rest_are_not_moved(onnx: Session) -> None:
     _, cache = onnx.prefill(RAGGED, NEXT)
     _, undisturbed = onnx.prefill(RAGGED, NEXT)
-    last = [row[-1] for row in RAGGED]
     for token in (4, 100, 5):
-        logits = onnx.decode_step([last[0], token, last[2], token, last[4]], "audio", cache, active=[1, 3])
+        # Whatever is said for rows that rest: ids of other rows, of other modalities, or none at all.
+        logits = onnx.decode_step([99, token, 7, token, -1], "audio", cache, active=[1, 3])
         assert logits.shape == (2, onnx.config.vocab_size)
     assert cache.lengths.tolist() == [7, 12, 9, 4, 1]
-    came = onnx.decode_step([8, last[1], 8, 5, 8], "text", cache, active=[0, 2, 4])
+    came = onnx.decode_step([8, -1, 8, 5, 8], "text", cache, active=[0, 2, 4])
     expected = onnx.decode_step([8, 8, 8, 8, 8], "text", undisturbed)
     assert_close(came, expected[[0, 2, 4]])
 
@@ -139,6 +141,21 @@ def test_one_token_past_the_maximum_is_refused_before_anything_is_computed(
     assert (cache.capacity, cache.buffers) == before[1:]
     with pytest.raises(CapacityError, match=f"{longest + 1} positions"):
         session.prefill([random_ids(longest + 1)], "text")
+
+
+def test_rows_that_rest_read_no_weights_of_another_modality() -> None:
+    inputs = decode_inputs(
+        np.array([1, 100, 2]), np.array([3, 4, 64]), np.array([1]), np.array([1]), capacity=64, config=ModelConfig.tiny()
+    )
+    assert inputs.modality_mask.tolist() == [[1], [1], [1]]
+    assert inputs.cache_position.tolist() == [3, 4, 63]
+
+
+def test_a_row_that_filled_its_bucket_rests_unharmed(onnx: Session) -> None:
+    filled, other = random_ids(SMALLEST_CAPACITY), random_ids(3)
+    _, cache = onnx.prefill([filled, other], "text")
+    onnx.decode_step([0, 5], "text", cache, active=[1])
+    assert_close(onnx.decode_step([6, 0], "text", cache, active=[0])[0], decode(onnx, filled, [6])[1])
 
 
 def test_a_row_that_is_full_may_rest_while_others_go_on(onnx: Session) -> None:

@@ -52,8 +52,9 @@ def decodes(draw: st.DrawFn) -> Case:
     lengths = np.array(draw(st.lists(st.integers(1, 100), min_size=count, max_size=count)))
     active = np.array(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1))))
     predicted = np.array(draw(st.lists(st.integers(0, 1), min_size=len(active), max_size=len(active))))
-    inputs = decode_inputs(np.array(draw(st.lists(ids, min_size=count, max_size=count))), lengths, active, predicted, TINY)
-    return Case(inputs, count, int(lengths.max()) + 1)
+    capacity = int(lengths.max()) + 1
+    tokens = np.array(draw(st.lists(ids, min_size=count, max_size=count)))
+    return Case(decode_inputs(tokens, lengths, active, predicted, capacity, TINY), count, capacity)
 
 
 cases = prefills() | decodes()
@@ -124,7 +125,7 @@ def test_one_position_too_few_in_the_cache_is_a_capacity_error(case: Case) -> No
 
 
 def test_all_problems_are_told_at_once() -> None:
-    case = Case(decode_inputs(np.array([1, 99]), np.array([3, 4]), np.array([0]), np.array([1]), TINY), 2, 64)
+    case = Case(decode_inputs(np.array([1, 99]), np.array([3, 4]), np.array([0]), np.array([1]), 64, TINY), 2, 64)
     with pytest.raises(InputError) as failure:
         check(case, head_mask=np.array([7]), cache_position=np.array([-3, 0]))
     assert "head_mask" in str(failure.value)
