@@ -126,7 +126,7 @@ def read_hf_config(file: Path) -> Sizes:
     values = read_json_object(file)
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
-    problems = field_problems(values, required, optional) + _foreign_features(values)
+    problems = field_problems(values, required, optional, flags=("tie_word_embeddings",)) + _foreign_features(values)
     raise_all(ConfigError, f"{file}:", problems)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("head_dim") is None and width % heads:
@@ -145,7 +145,7 @@ def read_hf_config(file: Path) -> Sizes:
         norm_eps=float(value_or(values, "rms_norm_eps", 1e-6)),
         rope=_rope(file, values),
         max_seq_len=values.get("max_position_embeddings"),
-        is_tied=bool(values.get("tie_word_embeddings", False)),
+        is_tied=value_or(values, "tie_word_embeddings", False),
     )
 
 

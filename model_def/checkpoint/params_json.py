@@ -5,6 +5,7 @@ multiple_of norm_eps rope_theta use_scaled_rope max_seq_len``; ``head_dim`` and 
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,15 @@ def read_params(file: Path) -> Sizes:
         ConfigError: naming every field that is missing or impossible.
     """
     values = read_json_object(file)
-    problems = field_problems(values, required=("dim", "n_layers", "n_heads", "vocab_size"), optional=_OPTIONAL)
+    problems = field_problems(
+        values, required=("dim", "n_layers", "n_heads", "vocab_size"), optional=_OPTIONAL, flags=("use_scaled_rope",)
+    )
     raise_all(ConfigError, f"{file}:", problems)
     dim, heads = values["dim"], values["n_heads"]
     head_size = value_or(values, "head_dim", dim // heads)
     if values.get("head_dim") is None and dim % heads:
         raise ConfigError(f"{file}: n_heads ({heads}) must divide dim ({dim}), since no head_dim is given")
-    scaled = values.get("use_scaled_rope", False)
+    scaled = value_or(values, "use_scaled_rope", False)
     # Meta's file does not name the factor: Llama 3.2 has 32 (RopeScaling's default).
     scaling = RopeScaling(factor=float(value_or(values, "rope_scaling_factor", RopeScaling().factor))) if scaled else None
     return Sizes(
@@ -64,16 +67,23 @@ def read_params(file: Path) -> Sizes:
     )
 
 
-def field_problems(values: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
-    """Fields that are missing or no positive number; a null counts as absent, and -1 as a vocabulary not given."""
+def field_problems(
+    values: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...], flags: tuple[str, ...] = ()
+) -> list[str]:
+    """Fields that are missing or no positive number, and flags that are neither true nor false.
+
+    A null counts as absent, and -1 as a vocabulary not given.
+    """
     problems = [f"missing field {name!r}" for name in required if values.get(name) is None]
     for name in (*required, *optional):
         value = values.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
         is_whole = isinstance(value, int) or name in _FRACTIONS
         if value is not None and not (is_number and is_whole) and not (name == "vocab_size" and value == -1):
             problems.append(f"{name} must be a positive {'number' if name in _FRACTIONS else 'whole number'} ({value!r} came)")
-    return problems
+    # The word "false" would count as true.
+    wrong = [name for name in flags if not isinstance(values.get(name), bool | None)]
+    return problems + [f"{name} must be true or false ({values[name]!r} came)" for name in wrong]
 
 
 _FRACTIONS = frozenset(

@@ -279,6 +279,7 @@ def test_rope_is_read_as_old_and_new_configurations_write_it(
         ({"hidden_act": "gelu", "attention_bias": True}, "attention_bias must be False"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE scaling must be 'llama3' or 'default'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "missing field 'low_freq_factor'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false ('false' came)"),
         ({"rope_scaling": [1]}, "must be JSON objects or null"),
         ({"hidden_size": None}, "missing field 'hidden_size'"),
         ({"vocab_size": 95}, "vocab_size says 95, model.embed_tokens.weight has 96 rows"),

@@ -113,6 +113,12 @@ def test_sizes_and_rope_come_from_params_json(tmp_path: Path) -> None:
     assert (config.norm_eps, config.max_seq_len) == (1e-6, 8192)
 
 
+@pytest.mark.parametrize("value", [None, False])
+def test_rope_is_not_scaled_where_the_flag_is_null_or_false(tmp_path: Path, value: object) -> None:
+    params = params_of(SPLIT) | {"use_scaled_rope": value}
+    assert converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)), params).config.rope.scaling is None
+
+
 def test_mixed_dtypes_are_widened_and_never_rounded(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in mot_state(SPLIT, weights(SPLIT)).items()}
     assert converted(tmp_path, SPLIT, state).dtype == "bfloat16"
@@ -184,6 +190,9 @@ def test_the_width_of_the_feed_forward_is_the_weights_whatever_the_rule_of_thumb
         ({"dim": None}, "missing field 'dim'"),
         ({"n_layers": "two"}, "n_layers must be a positive whole number ('two' came)"),
         ({"norm_eps": 0}, "norm_eps must be a positive number"),
+        ({"norm_eps": 10**400}, "norm_eps must be a positive number"),
+        ({"use_scaled_rope": "false"}, "use_scaled_rope must be true or false ('false' came)"),
+        ({"use_scaled_rope": 0}, "use_scaled_rope must be true or false (0 came)"),
         ({"n_kv_heads": 32, "head_dim": 1, "n_heads": 64}, "num_heads"),
     ],
 )
