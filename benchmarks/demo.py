@@ -61,6 +61,7 @@ def main() -> None:
 
     made, seconds = run("init", "demo/model", "--preset", "small", "--seed", "1")
     write_tokenizer(DEMO / "model" / "tokenizer.json")
+    console.print("(a tokenizer of 256 bytes is laid beside the model, to read prompts: of 16384 text ids it can print 256)")
     rows.append(("make a model", "init", f"{made['parameters']:,} random parameters, two modalities", seconds))
 
     exported, seconds = run("export", "demo/model", "demo/bundle")

@@ -83,6 +83,9 @@ def steps(head: str, precisions: tuple[str, ...]) -> list[tuple[str, list[str]]]
         export = [*MOTRT, "export", "model", f"bundle-{one}", "--precision", one, "--json"]
         road.append((f"export {one}, not verified", [*export, "--no-verify"]))
         road.append((f"verify {one}", [*MOTRT, "verify", f"bundle-{one}", "--json"]))
+        road.append(
+            (f"export {one} with its proof", [*MOTRT, "export", "model", f"proven-{one}", "--precision", one, "--json"])
+        )
         say = [*MOTRT, "generate", f"bundle-{one}", "--prompt-ids", "128000,9906,11,1917", "--audio-frames", "50", "--json"]
         road.append((f"generate 50 audio frames, {one}", say))
         say = [*MOTRT, "generate", f"bundle-{one}", "--prompt-ids", "128000,9906,11,1917", "--max-tokens", "50", "--json"]

@@ -24,11 +24,13 @@ class KVCache:
         lengths: [b] int64, tokens that each row holds.
         capacity: t, positions that the buffers have room for.
         buffers: the backend's own keys and values, per layer [b, k, t, d].
+        maker: the session that made them, the only one that can read them.
     """
 
     lengths: NDArray[np.int64]
     capacity: int
     buffers: Any
+    maker: Any
 
     @property
     def batch_size(self) -> int:

@@ -104,7 +104,7 @@ class Session(ABC):
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"a batch needs a whole number of rows, at least one ({batch_size!r} came)")
         capacity = capacity_for(num_positions, self.config.max_seq_len)
-        return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity))
+        return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity), self)
 
     def reserve(self, cache: KVCache, num_positions: int) -> None:
         """Make room in every row for ``num_positions``, by buckets; what the cache holds stays.
@@ -131,6 +131,7 @@ class Session(ABC):
             CapacityError: when a row would be written past the cache's capacity.
         """
         self.refuse_closed()
+        self._refuse_foreign(cache)
         check_inputs(inputs, self.config, cache.batch_size, cache.capacity)
         return self.execute(inputs, cache)
 
@@ -204,8 +205,7 @@ class Session(ABC):
             CapacityError: when an active row already holds the model's maximum; before anything is computed.
         """
         self.refuse_closed()
-        if not isinstance(cache, KVCache):
-            raise InputError(f"cache must be what prefill or new_cache gave ({type(cache).__name__} came)")
+        self._refuse_foreign(cache)
         rows = np.arange(cache.batch_size) if active is None else as_whole_numbers(active)
         ids = as_whole_numbers(token_ids)
         if ids is None or len(ids) != cache.batch_size:
@@ -243,6 +243,12 @@ class Session(ABC):
         """Raise BackendError where the session was closed."""
         if self._is_closed:
             raise BackendError("this session is closed: open the bundle again with motrt.load")
+
+    def _refuse_foreign(self, cache: KVCache) -> None:
+        if not isinstance(cache, KVCache):
+            raise InputError(f"cache must be what prefill or new_cache gave ({type(cache).__name__} came)")
+        if cache.maker is not self:
+            raise InputError("this cache was made by another session: prefill again with this one")
 
     def _modality_indices(self, names: str | Sequence[str], count: int) -> NDArray[np.int64]:
         if not isinstance(names, str | Sequence | np.ndarray) or getattr(names, "ndim", 1) == 0:

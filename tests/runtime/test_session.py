@@ -357,3 +357,19 @@ def test_the_torch_session_refuses_nothing_that_onnxruntime_accepts(onnx: Sessio
         assert_close(came, expected)
         step = ([1, 2, 97, 98, 3], ["audio", "text"])
         assert_close(torch.decode_step(*step, other, active=[0, 2]), onnx.decode_step(*step, cache, active=[0, 2]))
+
+
+def test_a_cache_of_another_session_is_refused(onnx: Session, reference: Session) -> None:
+    _, cache = reference.prefill([TEXT], "text")
+    with pytest.raises(InputError, match="made by another session"):
+        onnx.decode_step([1], "text", cache)
+    with pytest.raises(InputError, match="NoneType came"):
+        onnx.decode_step([1], "text", None)  # type: ignore[arg-type]
+
+
+def test_prefill_never_reads_memory_that_it_did_not_write(reference: Session) -> None:
+    """Rows of a float64 reference are not cast from what lay in memory before: a signalling NaN there would warn."""
+    for _ in range(50):
+        spoiled = np.full((len(RAGGED), reference.config.vocab_size), 0x7FA00000, dtype=np.uint32)
+        del spoiled
+        reference.prefill(RAGGED, NEXT, chunk_size=4)
