@@ -91,15 +91,26 @@ class Checkpoint:
             yield name, self.read(name)
 
     def files(self) -> list[Path]:
-        """Every file that belongs to the checkpoint, sorted by name."""
+        """Every file that belongs to the checkpoint, sorted by name; the tokenizer among them, where there is one."""
+        tokenizer = self.path / TOKENIZER_FILE
+        return sorted([*self.model_files(), *([tokenizer] if tokenizer.is_file() else [])])
+
+    def model_files(self) -> list[Path]:
+        """The files that the model is made of, sorted by name: configuration, weights, and their index where there is one."""
         weights = {stored.file for stored in self.stored.values()}
-        others = (self.path / name for name in (CONFIG_FILE, INDEX_FILE, TOKENIZER_FILE))
+        others = (self.path / name for name in (CONFIG_FILE, INDEX_FILE))
         return sorted(weights | {path for path in others if path.is_file()})
 
     def sha256(self, progress: Progress | None = None) -> str:
-        """One hash over the names, sizes and contents of ``files()``: the checkpoint's identity."""
+        """One hash over the names, sizes and contents of ``model_files()``: the checkpoint's identity.
+
+        The tokenizer is no part of it: the model is the same with another beside it, or with none.
+
+        Args:
+            progress: told the bytes of each piece when it is hashed.
+        """
         digest = hashlib.sha256()
-        for file in self.files():
+        for file in self.model_files():
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb", buffering=0) as stream:
                 while chunk := stream.read(_HASH_CHUNK):

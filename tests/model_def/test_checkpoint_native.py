@@ -88,7 +88,7 @@ def test_a_tokenizer_travels_along(tmp_path: Path) -> None:
     assert checkpoint.tokenizer_path in checkpoint.files()
 
 
-def test_the_hash_changes_with_any_file(tmp_path: Path) -> None:
+def test_the_hash_changes_with_the_model_and_not_with_the_tokenizer(tmp_path: Path) -> None:
     checkpoint = written(tmp_path / "model")
     before = checkpoint.sha256()
     weights = tmp_path / "model" / "model.safetensors"
@@ -100,7 +100,18 @@ def test_the_hash_changes_with_any_file(tmp_path: Path) -> None:
     weights.write_bytes(content)
     assert checkpoint.sha256() == before
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert open_checkpoint(tmp_path / "model").sha256() == before
+    assert tmp_path / "model" / "tokenizer.json" in open_checkpoint(tmp_path / "model").files()
+    (tmp_path / "model" / "config.json").write_text(TINY.replace(norm_eps=1e-6).to_json())
     assert open_checkpoint(tmp_path / "model").sha256() != before
+
+
+def test_the_hash_of_shards_covers_their_index(tmp_path: Path) -> None:
+    checkpoint = written(tmp_path / "model", shard_bytes=100_000)
+    before = checkpoint.sha256()
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(index.read_text() + "\n")
+    assert checkpoint.sha256() != before
 
 
 def _drop(tensors: dict[str, torch.Tensor]) -> None:
