@@ -6,7 +6,10 @@ imported inside the commands that need them.
 """
 
 import json
+import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from motrt import __version__
-from motrt.errors import BackendError, InputError, MotrtError, ParityError
+from motrt.errors import BackendError, CheckpointError, InputError, MotrtError, ParityError
+from motrt.export.report import printable
 
 if TYPE_CHECKING:
     from motrt.export.report import DrawnSteps
@@ -69,7 +73,7 @@ def tell_failure(kind: str, message: str, options: dict[str, Any], report: dict[
     """A sentence on standard error; for machines, the same as the one JSON document."""
     if options.get("as_json"):
         print_json({"error": kind, "message": message, **report})
-    progress.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
+    progress.print(f"[bold red]Error:[/bold red] {escape(printable(message))}", soft_wrap=True)
 
 
 def print_json(values: Any) -> None:
@@ -86,6 +90,10 @@ path_argument = click.argument("path", type=click.Path(path_type=Path))
 @click.version_option(__version__, prog_name="motrt", message="%(prog)s %(version)s")
 def main() -> None:
     """Export, run and prove routed text/audio expert models."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        # Leaves as an interrupt does, so that half-written folders are removed on the way.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def needs_export_packages() -> None:
@@ -138,7 +146,7 @@ def init(out: Path, preset: str, head: str | None, dtype: str, seed: int, as_jso
 
 def say(sentence: str) -> None:
     """A line on standard output, never broken."""
-    results.print(escape(sentence), soft_wrap=True)
+    results.print(escape(printable(sentence)), soft_wrap=True)
 
 
 @main.command()
@@ -258,20 +266,32 @@ def export(
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What it was made of; found by itself where it lay.")
-@click.option("--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime"]),
+    default="auto",
+    show_default=True,
+    expose_value=False,
+    help="What to examine; the report names what ran.",
+)
 @click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
 @json_option
 @mends
-def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as_json: bool) -> None:
+def verify(bundle: Path, checkpoint: Path | None, threads: int, as_json: bool) -> None:
     """Climb the parity ladder with BUNDLE, every byte of it checked first.
 
-    Exit code 0 PASS, 1 FAIL, 2 usage, 3 AMBIGUOUS (near-ties that rounding may decide).
+    Exit code 0 PASS, 1 FAIL or a damaged bundle, 2 usage (also where the checkpoint is not to be had or nothing here runs the
+    bundle), 3 AMBIGUOUS (near-ties that rounding may decide).
     """
     needs_export_packages()
     from motrt.export.bundle_from_checkpoint import verify_bundle
     from motrt.export.report import parity_table, verdict_line
 
-    report = verify_bundle(bundle, checkpoint, drawn_steps(), threads).to_dict()
+    try:
+        report = verify_bundle(bundle, checkpoint, drawn_steps(), threads).to_dict()
+    except (CheckpointError, BackendError) as failure:
+        tell_failure(type(failure).__name__, str(failure), {"as_json": as_json}, {})
+        sys.exit(EXIT_USAGE)
     if as_json:
         print_json(report)
     else:
@@ -320,16 +340,18 @@ def generate(
         raise click.UsageError("give one of --prompt and --prompt-ids")
     if audio_frames is not None and schedule_text is not None:
         raise click.UsageError("give one of --audio-frames and --schedule")
+    from motrt.runtime.decoding import encode
     from motrt.runtime.load import load
     from motrt.runtime.sampling import Sampling
+    from motrt.runtime.schedule import total_tokens
 
     chosen = Sampling(**sampling)
-    start: str | list[int] = prompt if prompt is not None else parse_ids(prompt_ids or "")
     with load(bundle, backend, check, threads) as session:
         schedule = chosen_schedule(session, audio_frames, schedule_text)
-        if max_tokens is None and schedule is None:
+        if max_tokens is None and (schedule is None or total_tokens(schedule, session.config) is None):
             max_tokens = DEFAULT_MAX_TOKENS
-        told = Told(session)
+        start = encode(prompt, session) if prompt is not None else parse_ids(prompt_ids or "")
+        told = Told(session, len(start))
         steps = session.generate(start, schedule=schedule, sampling=chosen, max_tokens=max_tokens, stop_ids=stop_ids)
         for step in steps:
             told.hear(step, quiet=as_json)
@@ -363,7 +385,8 @@ def chosen_schedule(session: "Session", audio_frames: int | None, text: str | No
 class Told:
     """Prints steps as they come, and keeps what the summary says: tokens, frames, and the time of each phase."""
 
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, session: "Session", num_prompt: int) -> None:
+        self.num_prompt = num_prompt
         self.backend, self.precision = session.backend, session.precision
         self.has_text = session.tokenizer is not None
         self.framed = {one.name for one in session.config.modalities if one.codes_per_frame > 1}
@@ -379,16 +402,16 @@ class Told:
         if step.frame is not None:
             click.echo(f"[{' '.join(map(str, step.frame.codes))}] ", nl=step.frame.index % 8 == 7)
         elif step.text:
-            click.echo(step.text, nl=False)
+            click.echo(printable(step.text), nl=False)
         elif not self.has_text and step.modality not in self.framed:
             click.echo(f"{step.token_id} ", nl=False)
 
     def phases(self) -> list[dict[str, Any]]:
-        """Seconds and tokens per second: until the first token, then each modality's decode steps."""
+        """Tokens, seconds and their quotient: the prompt's ids until the first token, then each modality's decode steps."""
         if not self.at:
             return []
         found: list[dict[str, Any]] = [
-            {"phase": "first token (with prefill)", "tokens": 1, "seconds": self.at[0] - self.started}
+            {"phase": "prefill, to the first token", "tokens": self.num_prompt, "seconds": self.at[0] - self.started}
         ]
         for name in dict.fromkeys(step.modality for step in self.steps[1:]):
             spans = [

@@ -3,11 +3,11 @@
     MotrtError                what the user can mend: the message says what was expected, what came, what to do
     ├── ConfigError           a configuration that contradicts itself, or the weights beside it
     ├── CheckpointError       a checkpoint that is missing, damaged, foreign or incomplete
-    ├── UntrainedRowsError    rows of the embedding or a head that were never trained
+    │   └── UntrainedRowsError    rows of the embedding or a head that were never trained
     ├── ExportError           a graph that can not be made, or is not the graph that was asked for
     ├── BundleError           a bundle that is missing, damaged, or of another version
     ├── InputError            ids, masks, schedules or sampling values out of range (also a ValueError)
-    ├── CapacityError         more positions than the model or the cache can hold
+    │   └── CapacityError         more positions than the model or the cache can hold
     ├── BackendError          a library or device that is not there
     └── ParityError           what runs is not the model
 

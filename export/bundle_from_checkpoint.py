@@ -22,7 +22,7 @@ from motrt.export.steps import Advance, Steps
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
-from motrt.model_def.config import ModelConfig
+from motrt.model_def.config import MAX_SEQ_LEN, ModelConfig
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
-
-# The rotary tables hold every position; beyond this they would be larger than the model.
-LONGEST_SEQUENCE = 1 << 20
 
 _GRAPH_BYTES = 8 << 20  # more than model.onnx and the manifest ever take
 
@@ -175,8 +172,8 @@ def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[Model
     if len(config.modalities) > 1 and not config.tied_embeddings:
         config, read = with_head(config, read, "split")
     longest = config.max_seq_len if max_seq_len is None else max_seq_len
-    if not 1 <= longest <= LONGEST_SEQUENCE:
-        raise ExportError(f"--max-seq-len must be in 1..{LONGEST_SEQUENCE} ({longest} came)")
+    if not 1 <= longest <= MAX_SEQ_LEN:
+        raise ExportError(f"--max-seq-len must be in 1..{MAX_SEQ_LEN} ({longest} came)")
     if max_seq_len is not None:
         if max_seq_len > config.max_seq_len:
             logger.warning("%d positions are more than the %d of the checkpoint", max_seq_len, config.max_seq_len)

@@ -1,6 +1,7 @@
 """What lies at a path: a checkpoint, a bundle or an ONNX file, told in plain JSON values that a table can be made of."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,27 @@ from typing import Any
 import onnx
 import torch
 
-from motrt.errors import InputError
+from motrt.errors import BundleError, InputError, MotrtError
 from motrt.export.onnx_check import census
 from motrt.export.steps import Steps
+from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, stored_tensor
+from motrt.model_def.checkpoint.assemble import Assembly, convert_llama, convert_mot
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
+from motrt.model_def.checkpoint.llama import META_PARAMS
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
-from motrt.model_def.checkpoint.sniff import describe_raw, kind_of
+from motrt.model_def.checkpoint.raw_state import RawState
+from motrt.model_def.checkpoint.sniff import kind_of, open_raw, weight_files
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.health import diagnose
+from motrt.model_def.head_surgery import Read
+from motrt.model_def.health import diagnose, scan
 from motrt.model_def.parameters import num_parameters_read, parameters
 from motrt.runtime.bundle import DTYPE_OF_PRECISION, Bundle, open_bundle, sha256_of
+
+WHY_NO_CONFIGURATION = {
+    "mot": f"no configuration: a training state does not say its own sizes, and no {META_PARAMS} lies beside it",
+    "musicgen": "no configuration: MusicGen is the source of an audio expert, and no model of motrt by itself",
+    "adapter": "no configuration: an adapter is laid over a model, and is none by itself",
+}
 
 
 def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
@@ -29,7 +41,8 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
 
     Returns:
         ``kind`` and, as far as the kind has them: ``config``, ``parameters`` (by part and modality), ``bytes_read_per_step``
-        (by modality), ``dtype``, ``health``, ``files`` (with hashes), ``operators``, ``parity``, ``tensors``.
+        (by modality), ``dtype``, ``health``, ``files`` (with hashes), ``operators``, ``parity``, ``tensors``, and ``note``:
+        what could not be told, and why.
 
     Raises:
         InputError: when nothing is there, or it is nothing that motrt knows.
@@ -44,15 +57,15 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     if kind == "bundle":
         with steps.step("hash the bundle", sum(one.stat().st_size for one in where.iterdir())) as advance:
             bundle = open_bundle(where, "hash", advance)
-        return {"kind": "bundle", **_bundle(bundle)}
+        return {"kind": "bundle", **_bundle(bundle, steps)}
     if kind == "onnx":
-        return {"kind": "ONNX file", **_onnx(where)}
+        return {"kind": "ONNX file", **_onnx(where, steps)}
     if kind == "unknown":
         raise InputError(
             f"{where} is nothing that motrt knows: a native checkpoint has config.json and model.safetensors, a bundle has "
             "manifest.json, foreign checkpoints are .pt, .pth or safetensors"
         )
-    return {"kind": kind, **_raw(where)}
+    return {"kind": kind, **_raw(kind, where, steps)}
 
 
 def size_table(config: ModelConfig, bytes_per_weight: int) -> dict[str, Any]:
@@ -75,35 +88,49 @@ def size_table(config: ModelConfig, bytes_per_weight: int) -> dict[str, Any]:
 
 
 def _checkpoint(checkpoint: Checkpoint, steps: Steps) -> dict[str, Any]:
-    with steps.step("look at the weights", checkpoint.num_bytes) as advance:
-
-        def read(name: str) -> Any:
-            value = checkpoint.read(name)
-            advance(value.nbytes)
-            return value
-
-        health = diagnose(checkpoint.config, read)
-    files = checkpoint.files()
-    with steps.step("hash the files", sum(file.stat().st_size for file in files)) as advance:
-        hashes = {file: sha256_of(file, advance) for file in files}
     return {
         "path": str(checkpoint.path),
         "dtype": checkpoint.dtype,
         "config": checkpoint.config.to_dict(),
         **size_table(checkpoint.config, TORCH_DTYPES[checkpoint.dtype].itemsize),
-        "health": health.to_dict(),
-        "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]} for file in files],
+        "health": _health(checkpoint.config, checkpoint.read, checkpoint.num_bytes, steps),
+        "files": _hashed(checkpoint.files(), steps),
     }
 
 
-def _bundle(bundle: Bundle) -> dict[str, Any]:
+def _health(config: ModelConfig, read: Read, num_bytes: int, steps: Steps) -> dict[str, Any]:
+    with steps.step("look at the weights", num_bytes) as advance:
+
+        def counted(name: str) -> torch.Tensor:
+            value = read(name)
+            advance(value.nbytes)
+            return value
+
+        return diagnose(config, counted).to_dict()
+
+
+def _hashed(files: Sequence[Path], steps: Steps) -> list[dict[str, Any]]:
+    with steps.step("hash the files", sum(file.stat().st_size for file in files)) as advance:
+        return [{"name": one.name, "bytes": one.stat().st_size, "sha256": sha256_of(one, advance)} for one in files]
+
+
+def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
     manifest = bundle.manifest
     dtype = DTYPE_OF_PRECISION[manifest.precision]
+    sizes = size_table(bundle.config, TORCH_DTYPES[dtype].itemsize)
+    stored = {one.name: one for one in _model_proto(bundle.model_path).graph.initializer}
+
+    def read(name: str) -> torch.Tensor:
+        if name not in stored:
+            raise BundleError(f"{bundle.model_path} lacks the weight {name}: export it again")
+        return stored_tensor(stored[name], bundle.path)
+
     return {
         "path": str(bundle.path),
         "dtype": dtype,
         "config": bundle.config.to_dict(),
-        **size_table(bundle.config, TORCH_DTYPES[dtype].itemsize),
+        **sizes,
+        "health": _health(bundle.config, read, sizes["total_bytes"], steps),
         "signature": manifest.signature.to_dict(),
         "operators": dict(manifest.operators),
         "files": [{"name": name, "bytes": one.num_bytes, "sha256": one.sha256} for name, one in manifest.files.items()],
@@ -113,26 +140,66 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _raw(where: Path) -> dict[str, Any]:
-    tensors = describe_raw(where)
-    counts = [prod(one.shape) for one in tensors]
-    itemsizes = [getattr(torch, one.dtype).itemsize for one in tensors]
+def _raw(kind: str, where: Path, steps: Steps) -> dict[str, Any]:
+    raw = open_raw(where)
+    numels = {name: prod(one.shape) for name, one in raw.tensors.items()}
+    total_bytes = sum(numels[name] * getattr(torch, one.dtype).itemsize for name, one in raw.tensors.items())
+    dtypes = dict(Counter(one.dtype for one in raw.tensors.values()))
+    assembly, note = _assembled(kind, where)
     return {
         "path": str(where),
-        "total_parameters": sum(counts),
-        "total_bytes": sum(count * itemsize for count, itemsize in zip(counts, itemsizes, strict=True)),
-        "tensors": [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} for one in tensors],
+        **(_model(assembly, steps) if assembly else _no_model(raw, sum(numels.values()), total_bytes, note, steps)),
+        "stored": {"parameters": sum(numels.values()), "bytes": total_bytes, "dtypes": dtypes},
+        "tensors": [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} for one in raw.tensors.values()],
+        "files": _hashed([*weight_files(where), *_configurations_beside(where)], steps),
     }
 
 
-def _onnx(file: Path) -> dict[str, Any]:
+def _model(assembly: Assembly, steps: Steps) -> dict[str, Any]:
+    """What is told of foreign weights that are a whole model."""
+    sizes = size_table(assembly.config, TORCH_DTYPES[assembly.dtype].itemsize)
+    health = _health(assembly.config, assembly.read, sizes["total_bytes"], steps)
+    return {"dtype": assembly.dtype, "config": assembly.config.to_dict(), **sizes, "health": health}
+
+
+def _no_model(raw: RawState, count: int, total_bytes: int, note: str, steps: Steps) -> dict[str, Any]:
+    """What is told of foreign weights that are a part of a model, or of an unknown one."""
+    with steps.step("look at the weights", total_bytes) as advance:
+        health = scan(((name, raw.read(name)) for name, one in raw.tensors.items() if one.is_float), advance)
+    return {"total_parameters": count, "total_bytes": total_bytes, "note": note, "health": health.to_dict()}
+
+
+def _assembled(kind: str, where: Path) -> tuple[Assembly | None, str]:
+    """The model that foreign weights are, or None and why there is none."""
+    params = where.parent / META_PARAMS
     try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as failure:  # protobuf's own exceptions
-        raise InputError(f"{file} is no ONNX file ({failure})") from None
-    if not model.graph.node:
-        raise InputError(f"{file} is no ONNX file: it holds no graph")
+        if kind.startswith("llama") and where.is_dir():
+            assembly = convert_llama(where)
+        elif kind == "mot" and params.is_file():
+            assembly = convert_mot(where, params)
+        else:
+            return None, WHY_NO_CONFIGURATION.get(kind, "no configuration: give the folder that the weights lie in")
+        assembly.accounting.raise_unless_clean()
+    except MotrtError as failure:  # half a model is looked at too: that is when people ask
+        return None, f"no configuration: {failure}"
+    return assembly, ""
+
+
+def _configurations_beside(where: Path) -> list[Path]:
+    names = ("config.json", META_PARAMS) if where.is_dir() else (META_PARAMS,)
+    folder = where if where.is_dir() else where.parent
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _onnx(file: Path, steps: Steps) -> dict[str, Any]:
+    model = _model_proto(file)
     initializers = list(model.graph.initializer)
+    beside, absent = data_files(initializers, file.parent)
+    total_bytes = sum(map(num_bytes, initializers))
+    with steps.step("look at the weights", total_bytes) as advance:
+        weights = (one for one in initializers if _is_weight(one) and not data_files([one], file.parent)[1])
+        health = scan(((one.name, stored_tensor(one, file.parent)) for one in weights), advance)
+    unseen = f"weights not looked at, their data do not lie beside the graph: {', '.join(map(repr, absent))}"
     return {
         "path": str(file),
         "opsets": {one.domain or "ai.onnx": one.version for one in model.opset_import},
@@ -140,14 +207,33 @@ def _onnx(file: Path) -> dict[str, Any]:
         "outputs": [_value(one) for one in model.graph.output],
         "operators": census(model),
         "total_parameters": sum(prod(one.dims) for one in initializers),
-        "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": sha256_of(file)}],
+        "total_bytes": total_bytes,
+        "dtypes": dict(Counter(dtype_name(one.data_type) for one in initializers)),
+        "health": health.to_dict(),
+        **({"note": unseen} if absent else {}),
+        "files": _hashed([file, *beside], steps),
     }
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    """Single values are a graph's constants, the infinity of a mask among them."""
+    return tensor.data_type in TORCH_OF_ONNX and prod(tensor.dims) > 1
+
+
+def _model_proto(file: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as failure:  # protobuf's own exceptions
+        raise InputError(f"{file} is no ONNX file ({failure})") from None
+    if not model.graph.node:
+        raise InputError(f"{file} is no ONNX file: it holds no graph")
+    return model
 
 
 def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
     tensor = value.type.tensor_type
     return {
         "name": value.name,
-        "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if tensor.elem_type else "unknown",
+        "dtype": dtype_name(tensor.elem_type),
         "dims": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
     }

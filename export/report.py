@@ -1,5 +1,6 @@
 """What people see of long work and its results: progress bars and tables. The numbers come from elsewhere."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,16 +31,15 @@ class DrawnSteps(Steps):
 
     @contextmanager
     def drawn(self, title: str, total_bytes: int | None) -> Iterator[Advance]:
-        """A bar that is gone when the step is done; the line that stays says how long it took."""
+        """A bar that is gone when the step is done; the line that stays says how long it took. No bar in a file."""
+        started = time.perf_counter()
         columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         if total_bytes:
             columns[2:2] = [BarColumn(), DownloadColumn()]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(title, total=total_bytes)
             yield lambda num_bytes: bars.advance(task, num_bytes)
-            took = bars.tasks[0].elapsed if self.console.is_terminal else None
-        if took is not None and took > 2:
-            self.console.print(f"[dim]{escape(title)}: {took:.1f} s[/dim]")
+        self.console.print(f"[dim]{escape(title)}: {time.perf_counter() - started:.1f} s[/dim]")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
@@ -49,8 +49,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for column in columns:
         made.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+        made.add_row(*(escape(printable(str(cell))) for cell in row))
     return made
+
+
+def printable(text: str) -> str:
+    """``text`` without characters that would command a terminal: names in files and a model's words are not ours."""
+    return "".join(one if one in "\n\t" or one.isprintable() else f"\\x{ord(one):02x}" for one in text)
 
 
 def size(num_bytes: float) -> str:
@@ -84,7 +89,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
             f"[{colour}]{one['outcome']}[/{colour}]",
             _short(figures.get("relative_l2_max")),
             _short(figures.get("limit")),
-            escape(one["detail"] or _more(figures)),
+            escape(printable(one["detail"] or _more(figures))),
         )
     return made
 
@@ -178,6 +183,12 @@ def _overview(found: Mapping[str, Any]) -> Table:
         rows.append(("parameters", f"{found['total_parameters']:,}"))
     if "total_bytes" in found:
         rows.append(("size", size(found["total_bytes"])))
+    if "stored" in found:
+        rows.append(("stored", f"{found['stored']['parameters']:,} parameters, {size(found['stored']['bytes'])}"))
+    dtypes = found.get("dtypes") or found.get("stored", {}).get("dtypes")
+    if dtypes:
+        rows.append(("tensors", ", ".join(f"{count} {name}" for name, count in dtypes.items())))
+    rows += [("note", found["note"])] if "note" in found else []
     if "config" in found:
         rows += _configuration(found["config"])
     if "source" in found:

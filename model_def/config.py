@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from motrt.errors import ConfigError, raise_all
 
-ExpertKind = Literal["swiglu", "adapter"]
 HeadKind = Literal["split", "shared"]
 RopeStyle = Literal["interleaved", "half"]
 
@@ -35,6 +34,13 @@ RESERVED_MODALITY_NAMES = frozenset((
     "zero_grad",
 ))
 # fmt: on
+
+# Beyond these nothing could run, and counting or allocating it would hang: ONNX runtimes and TensorRT count elements of a
+# dim in 32 bits, a row of 2^20 positions already takes tens of gigabytes of cache, no decoder has a tenth of these layers.
+MAX_SIZE = 2**31 - 1
+MAX_SEQ_LEN = 2**20
+MAX_LAYERS = 4096
+
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -52,7 +58,7 @@ class SwigluExpert:
     kind: Literal["swiglu"] = "swiglu"
 
     def problems(self) -> list[str]:
-        return _mistyped(self) + _not_positive(self, "hidden_size")
+        return _mistyped(self) + _not_sizes(self, "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class AdapterExpert:
     kind: Literal["adapter"] = "adapter"
 
     def problems(self) -> list[str]:
-        return _mistyped(self) + _not_positive(self, "width", "hidden_size")
+        return _mistyped(self) + _not_sizes(self, "width", "hidden_size")
 
 
 Expert = SwigluExpert | AdapterExpert
@@ -96,7 +102,7 @@ class Modality:
     frames_per_second: float | None = None
 
     def problems(self) -> list[str]:
-        found = _mistyped(self) + _not_positive(self, "vocab_size", "codes_per_frame", "frames_per_second")
+        found = _mistyped(self) + _not_sizes(self, "vocab_size", "codes_per_frame") + _not_positive(self, "frames_per_second")
         if isinstance(self.expert, Expert):
             found += self.expert.problems()
         if isinstance(self.name, str) and (not _WORD.fullmatch(self.name) or self.name in RESERVED_MODALITY_NAMES):
@@ -186,9 +192,10 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every contradiction in this configuration, as sentences; none in a configuration that exists."""
-        sizes = ("model_width", "num_layers", "num_heads", "num_kv_heads", "head_size", "max_seq_len", "norm_eps")
         mistyped = _mistyped(self)
-        found = mistyped + _not_positive(self, *sizes)
+        found = mistyped + _not_sizes(self, "model_width", "num_heads", "num_kv_heads", "head_size")
+        found += _not_sizes(self, "num_layers", most=MAX_LAYERS) + _not_sizes(self, "max_seq_len", most=MAX_SEQ_LEN)
+        found += _not_positive(self, "norm_eps")
         if isinstance(self.rope, RopeConfig):
             found += self.rope.problems()
         modalities = self.modalities if isinstance(self.modalities, tuple) else ()
@@ -205,6 +212,10 @@ class ModelConfig:
             found.append(f"head_size must be even, RoPE rotates pairs ({self.head_size} came)")
         if not self.modalities:
             found.append("modalities must name at least one")
+        sizes = [modality.vocab_size for modality in self.modalities]
+        possible = [size for size in sizes if isinstance(size, int) and size <= MAX_SIZE]  # the others are named by themselves
+        if sum(possible) > MAX_SIZE:
+            found.append(f"vocab_size, summed over the modalities, must be at most {MAX_SIZE} ({sum(possible)} came)")
         names = [modality.name for modality in self.modalities if isinstance(modality.name, str)]
         if len(set(names)) < len(names):
             found.append(f"modalities must have different names ({', '.join(names)} came)")
@@ -380,8 +391,20 @@ def _not_positive(holder: Any, *names: str) -> list[str]:
     ]
 
 
+def _not_sizes(holder: Any, *names: str, most: int = MAX_SIZE) -> list[str]:
+    """The whole numbers among these fields that are not in 1..most; what is no whole number, ``_mistyped`` names."""
+    values = {name: getattr(holder, name) for name in names if _is_of_type(getattr(holder, name), int)}
+    too_small = [f"{name} must be positive ({value!r} came)" for name, value in values.items() if value < 1]
+    return too_small + [f"{name} must be at most {most} ({value!r} came)" for name, value in values.items() if value > most]
+
+
 # EnCodec at 32 kHz: 4 codebooks of 2048 codes at 50 frames a second; all four share the same 2048 ids.
 ENCODEC_CODES, ENCODEC_CODEBOOKS, ENCODEC_FRAMES_PER_SECOND = 2048, 4, 50.0
+
+
+def _audio(width: int, hidden_size: int) -> Modality:
+    return Modality("audio", ENCODEC_CODES, AdapterExpert(width, hidden_size), ENCODEC_CODEBOOKS, ENCODEC_FRAMES_PER_SECOND)
+
 
 _LLAMA_3_2_1B = ModelConfig(
     model_width=2048,
@@ -389,16 +412,7 @@ _LLAMA_3_2_1B = ModelConfig(
     num_heads=32,
     num_kv_heads=8,
     head_size=64,
-    modalities=(
-        Modality("text", 128256, SwigluExpert(8192)),
-        Modality(
-            "audio",
-            ENCODEC_CODES,
-            AdapterExpert(width=1024, hidden_size=4096),
-            codes_per_frame=ENCODEC_CODEBOOKS,
-            frames_per_second=ENCODEC_FRAMES_PER_SECOND,
-        ),
-    ),
+    modalities=(Modality("text", 128256, SwigluExpert(8192)), _audio(width=1024, hidden_size=4096)),
 )
 
 PRESETS: dict[str, ModelConfig] = {
@@ -421,16 +435,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_kv_heads=4,
         head_size=64,
         max_seq_len=2048,
-        modalities=(
-            Modality("text", 16384, SwigluExpert(2048)),
-            Modality(
-                "audio",
-                ENCODEC_CODES,
-                AdapterExpert(width=256, hidden_size=1024),
-                codes_per_frame=ENCODEC_CODEBOOKS,
-                frames_per_second=ENCODEC_FRAMES_PER_SECOND,
-            ),
-        ),
+        modalities=(Modality("text", 16384, SwigluExpert(2048)), _audio(width=256, hidden_size=1024)),
     ),
     "llama-3.2-1b": _LLAMA_3_2_1B,
     "llama-3.2-1b-text": _LLAMA_3_2_1B.replace(modalities=_LLAMA_3_2_1B.modalities[:1], head="shared"),

@@ -9,7 +9,7 @@ modality is flat in the embedding or in the head, that modality is dead there an
 file reads one tensor at a time and knows no file format.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +134,28 @@ def diagnose(config: ModelConfig, read: Read) -> Health:
             non_finite.append(NonFinite(parameter.name, num_nan, num_inf))
         if parameter.part in ("embedding", "head"):
             flat_rows += _flat_rows(config, parameter, tensor)
-        elif tensor.ndim == 2 and not num_nan and tensor.amin() == tensor.amax() == 0:
+        elif _is_zero_matrix(tensor):
             zero_weights.append(parameter.name)
     return Health(tuple(non_finite), tuple(flat_rows), tuple(zero_weights))
+
+
+def scan(values: Iterable[tuple[str, torch.Tensor]], advance: Callable[[int], None]) -> Health:
+    """Look at weights where nothing says what they are a model of: values that are no numbers, matrices of zeros.
+
+    Args:
+        values: name and value, one in memory at a time.
+        advance: told the bytes of each.
+    """
+    non_finite: list[NonFinite] = []
+    zero_weights: list[str] = []
+    for name, tensor in values:
+        num_nan, num_inf = _count_non_finite(tensor) if tensor.numel() else (0, 0)
+        if num_nan or num_inf:
+            non_finite.append(NonFinite(name, num_nan, num_inf))
+        if _is_zero_matrix(tensor):
+            zero_weights.append(name)
+        advance(tensor.nbytes)
+    return Health(tuple(non_finite), (), tuple(zero_weights))
 
 
 def refuse_untrained(health: Health, allow_untrained: bool = False) -> None:
@@ -155,6 +174,10 @@ def refuse_untrained(health: Health, allow_untrained: bool = False) -> None:
         return
     rows = "\n  - ".join(map(str, health.untrained))
     raise UntrainedRowsError(f"untrained rows, the model can not use these ids:\n  - {rows}\n{REMEDY}")
+
+
+def _is_zero_matrix(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.numel() > 0 and bool(tensor.amin() == tensor.amax() == 0)  # NaN is neither
 
 
 def _count_non_finite(tensor: torch.Tensor) -> tuple[int, int]:

@@ -186,7 +186,7 @@ class _Row:
 
 def _ids_of(prompt: Prompt, session: Session) -> list[Sequence[int]]:
     if isinstance(prompt, str):
-        return [_encode(prompt, session)]
+        return [encode(prompt, session)]
     if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes) or getattr(prompt, "ndim", 1) == 0:
         raise InputError(f"a prompt is text, ids, or a batch of either ({type(prompt).__name__} came)")
     batch: list[Any] = list(prompt)
@@ -194,10 +194,15 @@ def _ids_of(prompt: Prompt, session: Session) -> list[Sequence[int]]:
         return [batch]
     if not batch:
         raise InputError("the prompt is empty: give at least one id (a beginning-of-text id, say)")
-    return [_encode(one, session) if isinstance(one, str) else one for one in batch]
+    return [encode(one, session) if isinstance(one, str) else one for one in batch]
 
 
-def _encode(text: str, session: Session) -> list[int]:
+def encode(text: str, session: Session) -> list[int]:
+    """The ids of a text prompt.
+
+    Raises:
+        InputError: when the bundle carries no tokenizer, or one that is not this model's, or the text gives no id.
+    """
     if session.tokenizer is None:
         raise InputError("this bundle carries no tokenizer: give the prompt as ids, or export from a checkpoint with one")
     ids: list[int] = session.tokenizer.encode(text).ids

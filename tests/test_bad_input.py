@@ -380,8 +380,8 @@ def test_what_is_no_onnx_file(content: bytes, bench: Bench) -> None:
 
 def test_verify_asks_for_a_checkpoint_that_moved_or_changed(bench: Bench, make_checkpoint: Any, bundle: Path) -> None:
     other = make_checkpoint(TINY.replace(norm_eps=1e-4))
-    bench.refuses("verify", bundle, "--checkpoint", other, said="name the right one with --checkpoint, or export again")
-    bench.refuses("verify", bundle, "--checkpoint", bench.folder / "gone", said="gone")
+    bench.refuses("verify", bundle, "--checkpoint", other, code=2, said="name the right one with --checkpoint, or export again")
+    bench.refuses("verify", bundle, "--checkpoint", bench.folder / "gone", code=2, said="gone")
 
 
 # What is not installed, and what interrupts
@@ -451,10 +451,11 @@ def interrupted(checkpoint: Path, out: Path, *signals: signal.Signals) -> "subpr
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
-def test_an_interrupted_export_leaves_nothing(bench: Bench, checkpoint: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupted_export_leaves_nothing(sent: signal.Signals, code: int, bench: Bench, checkpoint: Path) -> None:
     before = everything(bench.folder)
-    done = interrupted(checkpoint, bench.folder / "out", signal.SIGINT)
-    assert done.returncode == 1
+    done = interrupted(checkpoint, bench.folder / "out", sent)
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert everything(bench.folder) == before
 

@@ -202,7 +202,7 @@ def test_generate_streams_and_then_tells_the_speed_of_each_phase(proven: Path) -
     result = run("generate", proven / "bundle", "--prompt", "hello", "--schedule", "text:3,audio:2f")
     assert result.exit_code == 0
     assert result.stdout.count("[") == 2  # two frames
-    for phase in ("first token (with prefill)", "text decode", "audio decode", "tokens/s"):
+    for phase in ("prefill, to the first token", "text decode", "audio decode", "tokens/s"):
         assert phase in result.stdout
 
 
@@ -227,7 +227,15 @@ def test_text_and_its_ids_are_the_same_prompt(proven: Path) -> None:
     assert by_text["tokens"] == by_ids["tokens"]
 
 
-@pytest.mark.parametrize(("options", "count"), [((), 64), (("--max-tokens", "0"), 0), (("--max-tokens", "2"), 2)])
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ((), 64),
+        (("--schedule", "interleave:text=3,audio=4"), 64),
+        (("--max-tokens", "0"), 0),
+        (("--max-tokens", "2"), 2),
+    ],
+)
 def test_without_a_limit_a_generation_ends_soon(options: tuple[str, ...], count: int, proven: Path) -> None:
     assert len(run_json("generate", proven / "bundle", "--prompt-ids", "0", *options)["tokens"]) == count
     assert run("generate", proven / "bundle", "--prompt-ids", "0", *options).exit_code == 0
@@ -307,3 +315,26 @@ def test_a_bundle_that_can_not_be_written_to_is_read_all_the_same(proven: Path, 
 def test_the_fixture_left_no_partial_folder(proven: Path) -> None:
     assert {one.name for one in proven.iterdir()} == {"model", "bundle"}
     assert is_bundle(proven / "bundle")
+
+
+def test_what_would_command_a_terminal_is_shown_and_not_sent(tmp_path: Path) -> None:
+    from motrt.export.report import printable
+
+    assert printable("\x1b[2J\x9bm\x07 fine\tü 音\n") == "\\x1b[2J\\x9bm\\x07 fine\tü 音\n"
+    result = run("inspect", tmp_path / "\x1b[31mred")
+    assert result.exit_code == 2
+    assert "\x1b[31mred" not in result.stderr
+    assert "\\x1b[31mred" in result.stderr
+
+
+def test_the_prompt_is_counted_in_the_speed_of_the_prefill(proven: Path) -> None:
+    told = run_json("generate", proven / "bundle", "--prompt-ids", "0,1,2,0,1", "--max-tokens", "3")
+    assert [(one["phase"], one["tokens"]) for one in told["phases"]] == [("prefill, to the first token", 5), ("text decode", 2)]
+
+
+def test_verify_without_its_checkpoint_is_usage_and_not_a_failed_proof(proven: Path, tmp_path: Path) -> None:
+    assert run("verify", proven / "bundle", "--checkpoint", tmp_path / "none").exit_code == 2
+
+
+def test_each_step_leaves_a_line_where_there_is_no_terminal(proven: Path) -> None:
+    assert "hash the bundle: " in run("verify", proven / "bundle").stderr

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
 
 from motrt.export.onnx_check import (
     attribute_problems,
@@ -19,6 +18,7 @@ from motrt.export.onnx_check import (
 from motrt.export.onnx_from_module import ROPE_TABLES
 from motrt.export.parity.findings import Finding, judged
 from motrt.export.steps import Advance
+from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
@@ -90,12 +90,3 @@ def _weights_finding(
 
 def _bytes(value: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return value.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of one initializer, from the model or from its external data."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return np.frombuffer(onnx.numpy_helper.to_array(tensor).tobytes(), np.uint8)
-    entry = {item.key: item.value for item in tensor.external_data}
-    file = folder / Path(entry["location"]).name
-    return np.fromfile(file, np.uint8, count=int(entry["length"]), offset=int(entry.get("offset", 0)))

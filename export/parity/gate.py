@@ -15,12 +15,13 @@ import onnx
 
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
 from motrt.export.parity.consistency import consistency_findings
-from motrt.export.parity.contract import contract_findings, stored_bytes
+from motrt.export.parity.contract import contract_findings
 from motrt.export.parity.findings import Finding, Report
 from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
 from motrt.export.parity.routing_laws import absence_finding, law_findings, swap_finding
 from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
 from motrt.export.steps import Steps
+from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from motrt.errors import CheckpointError, ConfigError
-from motrt.model_def.checkpoint.name_table import NameTable
+from motrt.model_def.checkpoint.name_table import LAYER_NUMBER, NameTable
 from motrt.model_def.checkpoint.params_json import read_json_object
 from motrt.model_def.checkpoint.raw_state import (
     RawState,
@@ -48,7 +48,8 @@ class MusicGen:
 
     def num_layers(self) -> int:
         """How many decoder layers it has."""
-        found = (re.match(r"decoder\.model\.decoder\.layers\.(\d+)\.fc1\.weight", key) for key in self.raw.tensors)
+        pattern = re.compile(rf"decoder\.model\.decoder\.layers\.({LAYER_NUMBER})\.fc1\.weight")
+        found = (pattern.match(key) for key in self.raw.tensors)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
 

@@ -15,7 +15,9 @@ TEXT, AUDIO = "text", "audio"
 MODALITY_NUMBERS = {"0": TEXT, "1": AUDIO}
 
 _PLACE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
-_PLACES = {"i": r"0|[1-9]\d*", "m": "|".join(MODALITY_NUMBERS), "modality": "|".join(MODALITY_NUMBERS.values())}
+# Six digits are more layers than any model has, and few enough that every such number can be read.
+LAYER_NUMBER = "0|[1-9][0-9]{0,5}"
+_PLACES = {"i": LAYER_NUMBER, "m": "|".join(MODALITY_NUMBERS), "modality": "|".join(MODALITY_NUMBERS.values())}
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,13 @@ def state_from_mapping(source: str, values: Any, where: str) -> RawState:
         where: the file, for the error.
 
     Raises:
-        CheckpointError: when it is no mapping from names to tensors.
+        CheckpointError: when it is no mapping from names to tensors, or tensors in it have no values.
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise CheckpointError(f"{where} should hold a mapping from names to tensors ({type(values).__name__} came)")
+    empty = [name for name, value in values.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    advice = "these are on the meta device and have no values: load the model before it is saved"
+    raise_all(CheckpointError, f"{where} should hold tensors with values; {advice}:", empty)
     dense = {name: value for name, value in values.items() if _is_dense(value)}
     if not dense:
         raise CheckpointError(f"{where} should hold tensors by name, and holds none: is it the right file?")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from motrt.errors import ConfigError, raise_all
+from motrt.model_def.checkpoint.name_table import LAYER_NUMBER
 from motrt.model_def.config import AdapterExpert, Expert, Modality, ModelConfig, RopeConfig, SwigluExpert
 from motrt.model_def.parameters import EMBEDDING
 
@@ -97,7 +98,7 @@ class Sizes:
 
 def num_layers(shapes: Shapes) -> int | None:
     """How many layers the names speak of; None where they speak of none."""
-    numbers = [int(match[1]) for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))]
+    numbers = [int(match[1]) for name in shapes if (match := re.match(rf"layers\.({LAYER_NUMBER})\.", name))]
     return max(numbers) + 1 if numbers else None
 
 
@@ -108,7 +109,7 @@ def expert_of(shapes: Shapes, modality: str) -> Expert | None:
     """
     leaves: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if match := re.fullmatch(rf"layers\.\d+\.feed_forward\.{modality}\.(.+)", name):
+        if match := re.fullmatch(rf"layers\.(?:{LAYER_NUMBER})\.feed_forward\.{modality}\.(.+)", name):
             leaves.setdefault(match[1], shape)
     if "w1.weight" in leaves:
         return SwigluExpert(_at(leaves["w1.weight"], 0), bias="w1.bias" in leaves)

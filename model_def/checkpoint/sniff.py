@@ -49,27 +49,35 @@ def describe_raw(path: str | Path) -> tuple[RawTensor, ...]:
         CheckpointError: when it is missing, damaged, or would run code.
     """
     path = Path(path)
-    return tuple(_state_of(path).tensors.values())
+    return tuple(open_raw(path).tensors.values())
 
 
-def _state_of(path: Path) -> RawState:
-    if path.is_dir():
-        return _state_of_folder(path)
-    if path.suffix == ".safetensors":
-        return state_from_safetensors(path.name, [path])
-    return state_from_mapping(path.name, _inner(load_pickle(path)), str(path))
+def open_raw(path: Path) -> RawState:
+    """A foreign checkpoint's tensors, mapped and not read.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or would run code.
+    """
+    files = weight_files(path)
+    if files[0].suffix == ".safetensors":
+        return state_from_safetensors(path.name, files)
+    return state_from_mapping(files[0].name, _inner(load_pickle(files[0])), str(files[0]))
 
 
-def _state_of_folder(folder: Path) -> RawState:
-    files = safetensors_files(folder)
-    if files:
-        return state_from_safetensors(folder.name, files)
-    for name in (llama.META_WEIGHTS, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _state_of(folder / name)
-    raise CheckpointError(
-        f"{folder} holds no weights that are known here: expected model.safetensors, {llama.META_WEIGHTS} or pytorch_model.bin"
-    )
+def weight_files(path: Path) -> list[Path]:
+    """The files that a foreign checkpoint's tensors lie in: safetensors before pickles, as ``convert`` has it.
+
+    Raises:
+        CheckpointError: when a folder holds none that is known.
+    """
+    if not path.is_dir():
+        return [path]
+    pickles = (path / name for name in (llama.META_WEIGHTS, "pytorch_model.bin"))
+    files = safetensors_files(path) or [file for file in pickles if file.is_file()][:1]
+    if not files:
+        expected = f"model.safetensors, {llama.META_WEIGHTS} or pytorch_model.bin"
+        raise CheckpointError(f"{path} holds no weights that are known here: expected {expected}")
+    return files
 
 
 def _inner(loaded: Any) -> Any:
@@ -98,7 +106,7 @@ def _kind_of_file(path: Path) -> Kind:
             return "adapter"
         inner = mot.inner_state(loaded)
         return _kind_of_keys([key for key in inner if isinstance(key, str)] if isinstance(inner, Mapping) else [])
-    return _kind_of_keys(_state_of(path).tensors)
+    return _kind_of_keys(open_raw(path).tensors)
 
 
 def _kind_of_keys(keys: Collection[str]) -> Kind:

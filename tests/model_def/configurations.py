@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 
 from motrt.model_def.config import (
+    MAX_LAYERS,
     RESERVED_MODALITY_NAMES,
     AdapterExpert,
     HeadKind,
@@ -37,7 +38,7 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
     head: HeadKind = draw(st.sampled_from(HEADS))
     return ModelConfig(
         model_width=draw(sizes),
-        num_layers=draw(sizes),
+        num_layers=draw(st.integers(1, MAX_LAYERS)),
         num_heads=num_kv_heads * draw(st.integers(1, 8)),
         num_kv_heads=num_kv_heads,
         head_size=2 * draw(sizes),

@@ -353,3 +353,13 @@ def test_a_tokenizer_beside_the_base_travels_along(tmp_path: Path, native: State
     (llama / "tokenizer.json").write_text("{}")
     convert_llama(llama).write(tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").tokenizer_path == tmp_path / "out" / "tokenizer.json"
+
+
+def test_a_musicgen_layer_of_an_impossible_number_is_ignored(tmp_path: Path, native: State) -> None:
+    music = write_musicgen(tmp_path / "musicgen", CONFIG, native, pickled=True)
+    key = f"decoder.model.decoder.layers.{'9' * 5000}.fc1.weight"
+    state = torch.load(music / "pytorch_model.bin", weights_only=True)
+    torch.save(state | {key: torch.ones(2, 2)}, music / "pytorch_model.bin")
+    assembly = convert_llama(write_llama_meta(tmp_path / "llama", CONFIG, native), music)
+    assert key in outcomes(assembly, "ignored")
+    assert "audio feed-forward: the first 2 of MusicGen's 3 layers" in assembly.accounting.notes

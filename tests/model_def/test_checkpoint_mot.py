@@ -276,3 +276,19 @@ def test_missing_files_and_other_contents_are_sentences(tmp_path: Path) -> None:
     params.write_text("[]")
     with pytest.raises(ConfigError, match="should hold a JSON object"):
         convert_mot(state, params)
+
+
+def test_tensors_without_values_are_named(tmp_path: Path) -> None:
+    state = mot_state(SPLIT, weights(SPLIT))
+    for key in ("norm.weight", "layers.1.ffn_norm.weight"):
+        state[key] = torch.empty(64, device="meta")
+    with pytest.raises(CheckpointError, match=r"meta device and have no values") as caught:
+        converted(tmp_path, SPLIT, state)
+    assert all(f"- {key}" in str(caught.value) for key in ("norm.weight", "layers.1.ffn_norm.weight"))
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "01", "1234567", "\u0661"])
+def test_a_layer_of_an_impossible_number_is_unexpected(tmp_path: Path, number: str) -> None:
+    key = f"layers.{number}.ffn_norm.weight"
+    assembly = converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)) | {key: torch.ones(64)})
+    assert [(row.outcome, row.key) for row in assembly.accounting.faults] == [("unexpected", key)]

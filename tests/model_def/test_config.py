@@ -125,6 +125,18 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "infinite": ({"norm_eps": math.inf}, "norm_eps must be positive (inf came)"),
     "huge": ({"norm_eps": 10**400}, "norm_eps must be positive"),
     "no layers": ({"num_layers": 0}, "num_layers must be positive (0 came)"),
+    "hanging": ({"num_layers": 10**8}, "num_layers must be at most 4096 (100000000 came)"),
+    "terabytes": ({"max_seq_len": 10**13}, "max_seq_len must be at most 1048576 (10000000000000 came)"),
+    "wide": ({"model_width": 2**31}, "model_width must be at most 2147483647 (2147483648 came)"),
+    "many heads": ({"num_heads": 2**31}, "num_heads must be at most 2147483647"),
+    "many ids": (
+        {"modalities": (dataclasses.replace(TEXT, vocab_size=10**12),)},
+        "modality 'text': vocab_size must be at most",
+    ),
+    "many ids together": (
+        {"modalities": (dataclasses.replace(TEXT, vocab_size=2**31 - 1), dataclasses.replace(TEXT, name="other"))},
+        "vocab_size, summed over the modalities, must be at most 2147483647 (2147483743 came)",
+    ),
     "no kv heads": ({"num_kv_heads": 0}, "num_kv_heads must be positive (0 came)"),
 }
 
@@ -151,6 +163,22 @@ def test_all_contradictions_are_named_at_once() -> None:
         *("'text': width", "'text': hidden_size"),
     ):
         assert str(refusal.value).count(sentence) == 1
+
+
+def test_all_sizes_beyond_the_bounds_are_named_at_once() -> None:
+    wide = AdapterExpert(width=2**40, hidden_size=2**41)
+    with pytest.raises(ConfigError) as refusal:
+        ModelConfig.tiny(
+            num_layers=10**400, max_seq_len=2**20 + 1, head_size=2**32, modalities=(Modality("text", 2**50, wide),)
+        )
+    for name in ("num_layers", "max_seq_len", "head_size", "'text': width", "'text': hidden_size", "'text': vocab_size"):
+        assert str(refusal.value).count(f"{name} must be at most") == 1
+    assert "must be positive" not in str(refusal.value)
+    assert "summed" not in str(refusal.value)
+
+
+def test_sizes_at_the_bounds_are_possible() -> None:
+    assert ModelConfig.tiny(num_layers=4096, max_seq_len=2**20).num_layers == 4096
 
 
 WRONG_TYPES: dict[tuple[str, ...], list[Any]] = {

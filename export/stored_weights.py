@@ -1,0 +1,81 @@
+"""Initializers of an ONNX graph and the files that their values lie in.
+
+A graph may name any file of the machine: only its neighbours are read.
+"""
+
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+
+from motrt.errors import BundleError
+from motrt.model_def.checkpoint.native import is_plain_name
+
+TORCH_OF_ONNX: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+def dtype_name(data_type: int) -> str:
+    """The numpy name of an ONNX element type; ``unknown`` for what has none."""
+    known = data_type in TensorProto.DataType.values() and data_type != TensorProto.UNDEFINED
+    return str(onnx.helper.tensor_dtype_to_np_dtype(data_type)) if known else "unknown"
+
+
+def num_bytes(tensor: TensorProto) -> int:
+    """Bytes of an initializer's values; 0 for strings, and for types without a size."""
+    if dtype_name(tensor.data_type) in ("unknown", "object"):
+        return 0
+    itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    return prod(map(int, tensor.dims)) * itemsize
+
+
+def data_files(tensors: Iterable[TensorProto], folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of external data that lie in ``folder``, and the names of those that are missing, or lie elsewhere."""
+    names = sorted({_entries(one).get("location", "") for one in tensors if one.data_location == TensorProto.EXTERNAL})
+    absent = [name for name in names if not _is_beside(name, folder)]
+    return [folder / name for name in names if name not in absent], absent
+
+
+def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of one initializer, from the graph or from its external data in ``folder``.
+
+    Raises:
+        BundleError: when the data are missing, lie outside the folder, or are too short.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return np.frombuffer(bytearray(onnx.numpy_helper.to_array(tensor).tobytes()), np.uint8)
+    entries, count = _entries(tensor), num_bytes(tensor)
+    location, offset = entries.get("location", ""), entries.get("offset", "0")
+    if not _is_beside(location, folder):
+        raise BundleError(f"the values of {tensor.name} should lie in {folder}, not in {location!r}: fetch or export it again")
+    file = folder / location
+    if not offset.isdecimal() or int(offset) + count > file.stat().st_size:
+        raise BundleError(f"{file} is too short for {tensor.name} ({count} bytes from {offset}): fetch or export it again")
+    return np.fromfile(file, np.uint8, count=count, offset=int(offset))
+
+
+def stored_tensor(tensor: TensorProto, folder: Path) -> torch.Tensor:
+    """One initializer of a type in ``TORCH_OF_ONNX``, in its dims.
+
+    Raises:
+        BundleError: as ``stored_bytes``.
+    """
+    values = torch.from_numpy(stored_bytes(tensor, folder))
+    return values.view(TORCH_OF_ONNX[tensor.data_type]).reshape(tuple(tensor.dims))
+
+
+def _entries(tensor: TensorProto) -> dict[str, str]:
+    return {item.key: item.value for item in tensor.external_data}
+
+
+def _is_beside(name: str, folder: Path) -> bool:
+    return is_plain_name(name) and (folder / name).is_file() and (folder / name).resolve().parent == folder.resolve()
