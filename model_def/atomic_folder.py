@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place, then renamed. Standard library alone.
+"""A folder that appears whole or not at all: written beside its place, synced, then renamed. Standard library alone.
 
 It knows nothing of what is written inside. Checkpoints and bundles are both written through it, so "interrupted at any
 point, nothing that opens is left, and the next run cleans up" is said in this file and nowhere else.
@@ -15,6 +15,7 @@ from pathlib import Path
 from motrt.errors import MotrtError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # file systems that can not sync a folder
 
 
 @contextmanager
@@ -44,7 +45,10 @@ def new_folder(out: Path, needed_bytes: int | None, error: type[MotrtError]) -> 
         _refuse_small_disk(out, needed_bytes, error)
         yield partial
         _refuse_existing(out, error)
+        for written in (*sorted(partial.rglob("*")), partial):
+            _sync(written)
         partial.rename(out)
+        _sync(out.parent)
     except BaseException as failure:
         shutil.rmtree(partial, ignore_errors=True)
         if _is_disk_full(failure):
@@ -52,6 +56,18 @@ def new_folder(out: Path, needed_bytes: int | None, error: type[MotrtError]) -> 
         raise
     finally:
         os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Put ``path`` on the disk: a machine that loses power must not come back with the folder's name and no contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_existing(out: Path, error: type[MotrtError]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from motrt.errors import CheckpointError
 from motrt.model_def.checkpoint import mot
 from motrt.model_def.checkpoint.name_table import NameTable
-from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping
+from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping, with_neighbours
 from motrt.model_def.config import RopeConfig
 
 STATE_KEY = "adapter_state_dict"
@@ -62,7 +62,7 @@ def open_adapter(path: Path) -> Adapter:
     if not isinstance(loaded, Mapping) or STATE_KEY not in loaded:
         raise CheckpointError(f"{path} is no adapter file: expected a mapping with {STATE_KEY!r} in it")
     raw = state_from_mapping(path.name, loaded[STATE_KEY], f"{path}, {STATE_KEY}")
-    return Adapter(raw, f"{path.name}: {_told(loaded, 'step')}, {_told(loaded, 'loss')}")
+    return Adapter(with_neighbours(raw, loaded, STATE_KEY), f"{path.name}: {_told(loaded, 'step')}, {_told(loaded, 'loss')}")
 
 
 def refuse_other_rotation(adapter: Adapter, rope: RopeConfig) -> None:

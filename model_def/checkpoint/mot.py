@@ -11,7 +11,7 @@ from typing import Any
 
 from motrt.errors import ConfigError
 from motrt.model_def.checkpoint.name_table import AUDIO, TEXT, NameTable
-from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping
+from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping, with_neighbours
 from motrt.model_def.checkpoint.sizes import Shapes, Sizes, expert_of
 from motrt.model_def.config import (
     ENCODEC_CODEBOOKS,
@@ -70,7 +70,9 @@ def open_state(path: Path) -> RawState:
     Raises:
         CheckpointError: when it is damaged, foreign, or would run code.
     """
-    return state_from_mapping(path.name, inner_state(load_pickle(path)), str(path))
+    loaded = load_pickle(path)
+    raw = state_from_mapping(path.name, inner_state(loaded), str(path))
+    return with_neighbours(raw, loaded, STATE_KEY) if STATE_KEY in loaded else raw
 
 
 def inner_state(loaded: Any) -> Any:

@@ -50,9 +50,9 @@ class Placement:
         self.rows.append(KeyRow(key, raw.source, outcome, detail))
 
     def note_others(self, raw: RawState) -> None:
-        """Say of every entry that is no tensor that it is none."""
-        for name, kind in raw.others.items():
-            self.note(raw, name, "ignored", f"not a dense tensor ({kind})")
+        """Say of every entry that gives no weight why it gives none."""
+        for name, why in raw.others.items():
+            self.note(raw, name, "ignored", why)
 
     def put(self, raw: RawState, key: str, targets: Iterable[Target], expected: str | None = None) -> None:
         """Let ``key`` of ``raw`` give ``targets``, as far as they have no value yet and it fits.

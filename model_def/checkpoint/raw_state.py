@@ -6,7 +6,7 @@ Safetensors are read through ``container``.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,7 +45,7 @@ class RawState:
         source: what reports call it, usually the file's or folder's name.
         tensors: by name.
         read: a name -> its value.
-        others: entries that are no tensors: name -> what they are.
+        others: entries that give no weight: name -> why.
     """
 
     source: str
@@ -90,8 +90,14 @@ def state_from_mapping(source: str, values: Any, where: str) -> RawState:
     if not dense:
         raise CheckpointError(f"{where} should hold tensors by name, and holds none: is it the right file?")
     tensors = {name: RawTensor(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in dense.items()}
-    others = {name: type(value).__name__ for name, value in values.items() if name not in dense}
+    others = {name: f"not a dense tensor ({type(value).__name__})" for name, value in values.items() if name not in dense}
     return RawState(source, tensors, dense.__getitem__, others)
+
+
+def with_neighbours(raw: RawState, loaded: Mapping[Any, Any], state_key: str) -> RawState:
+    """``raw``, which lay under ``state_key`` of ``loaded``, with what a training run saved beside it (step, optimizer)."""
+    beside = {str(name): f"beside {state_key}, no weight of the model" for name in loaded if name != state_key}
+    return replace(raw, others={**beside, **raw.others})
 
 
 def state_from_safetensors(source: str, files: Iterable[Path]) -> RawState:

@@ -138,3 +138,40 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another run is writing"), new_folder(out, None, CheckpointError):
             raise AssertionError("the block must not run")
     assert (out / "a").read_text() == "1"
+
+
+def test_what_appears_is_on_the_disk_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def tell_sync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def tell_rename(self: Path, target: Path) -> Path:
+        events.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", tell_sync)
+    monkeypatch.setattr(Path, "rename", tell_rename)
+    with new_folder(tmp_path / "model", None, CheckpointError) as partial:
+        (partial / "a").write_text("1")
+        (partial / "b").write_text("2")
+    assert events == ["a", "b", ".model.partial", "renamed", tmp_path.name]
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_folder_that_can_not_be_synced_is_no_error_but_a_broken_disk_is(
+    number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    try:
+        with new_folder(tmp_path / "model", None, CheckpointError):
+            pass
+    except OSError:
+        assert not goes_on
+    assert (tmp_path / "model").exists() == goes_on
+    assert _names(tmp_path) == ["model"] * goes_on

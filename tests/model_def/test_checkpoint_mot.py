@@ -72,8 +72,8 @@ def test_the_written_checkpoint_holds_the_same_bits(tmp_path: Path) -> None:
 
 def test_every_key_has_a_line_and_unused_norms_say_why(tmp_path: Path) -> None:
     assembly = convert_mot(*write_mot(tmp_path, SPLIT, weights(SPLIT)))
-    assert sorted(row.key for row in assembly.accounting.rows) == sorted(mot_state(SPLIT, weights(SPLIT)))
-    ignored = [row for row in assembly.accounting.rows if row.outcome == "ignored"]
+    assert sorted(row.key for row in assembly.accounting.rows) == sorted([*mot_state(SPLIT, weights(SPLIT)), "step"])
+    ignored = [row for row in assembly.accounting.rows if row.outcome == "ignored" and row.key != "step"]
     assert len(ignored) == 2 * SPLIT.num_layers * 2
     assert all("_norm." in row.key and "never uses it" in row.detail for row in ignored)
     told = json.loads(json.dumps(assembly.accounting.to_dict()))
@@ -292,3 +292,12 @@ def test_a_layer_of_an_impossible_number_is_unexpected(tmp_path: Path, number: s
     key = f"layers.{number}.ffn_norm.weight"
     assembly = converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)) | {key: torch.ones(64)})
     assert [(row.outcome, row.key) for row in assembly.accounting.faults] == [("unexpected", key)]
+
+
+def test_what_was_saved_beside_the_state_is_accounted_for(tmp_path: Path) -> None:
+    saved = {"model_state_dict": mot_state(SPLIT, weights(SPLIT)), "step": 7, "optimizer_state_dict": {"lr": 0.1}}
+    torch.save(saved, tmp_path / "state.pt")
+    assembly = convert_mot(tmp_path / "state.pt", write_json(tmp_path / "params.json", params_of(SPLIT)))
+    assembly.accounting.raise_unless_clean()
+    beside = {row.key for row in assembly.accounting.rows if row.detail == "beside model_state_dict, no weight of the model"}
+    assert beside == {"step", "optimizer_state_dict"}
