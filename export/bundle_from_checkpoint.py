@@ -26,8 +26,8 @@ from motrt.model_def.config import MAX_SEQ_LEN, ModelConfig
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
+from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.bundle import (
-    DTYPE_OF_PRECISION,
     MODEL_FILE,
     TOKENIZER_FILE,
     Bundle,

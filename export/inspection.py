@@ -23,7 +23,8 @@ from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.health import diagnose, scan
 from motrt.model_def.parameters import num_parameters_read, parameters
-from motrt.runtime.bundle import DTYPE_OF_PRECISION, Bundle, open_bundle, sha256_of
+from motrt.model_def.signature import DTYPE_OF_PRECISION
+from motrt.runtime.bundle import Bundle, open_bundle, sha256_of
 
 WHY_NO_CONFIGURATION = {
     "mot": f"no configuration: a training state does not say its own sizes, and no {META_PARAMS} lies beside it",

@@ -37,7 +37,10 @@ LOGITS = "logits"
 
 BATCH, NEW_TOKENS, CAPACITY, NUM_LOGITS = "b", "s", "t", "n"
 
-FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+# The names that people use for the element types of weights, activations and cache, and torch's names for the same.
+DTYPE_OF_PRECISION = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISION_OF_DTYPE = {dtype: precision for precision, dtype in DTYPE_OF_PRECISION.items()}
+FLOAT_DTYPES = tuple(PRECISION_OF_DTYPE)
 
 Dim = str | int
 

@@ -15,14 +15,12 @@ from typing import Any
 
 from motrt.errors import BundleError, ConfigError, raise_all
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.signature import CONTRACT_VERSION, Signature
+from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 
 # Bump when an older runtime could misread the folder.
 FORMAT_VERSION = 1
 
 MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"
-
-DTYPE_OF_PRECISION = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 _HASH_CHUNK = 1 << 22
 _MOST_MANIFEST_BYTES = 1 << 26  # a thousand times what any export writes

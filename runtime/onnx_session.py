@@ -13,7 +13,16 @@ import numpy as np
 
 from motrt.errors import BackendError, BundleError, raise_all
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.signature import LOGITS, Signature, TensorSpec, past_key, past_value, present_key, present_value
+from motrt.model_def.signature import (
+    LOGITS,
+    PRECISION_OF_DTYPE,
+    Signature,
+    TensorSpec,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+)
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
@@ -26,7 +35,6 @@ except ImportError as missing:
     ) from missing
 
 CPU = "CPUExecutionProvider"
-PRECISIONS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 _DTYPES = {"tensor(double)": "float64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 _DTYPES |= {"tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
@@ -80,7 +88,7 @@ class OnnxSession(Session):
         self.config = config
         self.backend = "onnxruntime (CPU)"
         self.signature = Signature.canonical(config, self._cache_dtype())
-        self.precision = PRECISIONS[self.signature.cache_dtype]
+        self.precision = PRECISION_OF_DTYPE[self.signature.cache_dtype]
         problems = self.signature.differences(*self.found_specs())
         raise_all(BundleError, f"{model} does not keep the graph contract; export it again:", problems)
 

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
+from motrt.model_def.checkpoint.container import TORCH_DTYPES, dtype_name
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.decoder import Cache, Decoder
+from motrt.model_def.signature import DTYPE_OF_PRECISION, PRECISION_OF_DTYPE
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
-
-PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchSession(Session):
@@ -23,7 +23,7 @@ class TorchSession(Session):
         self.decoder = decoder
         self.config = decoder.config
         self.backend = f"torch ({decoder.device})"
-        self.precision = next(name for name, dtype in PRECISIONS.items() if dtype == decoder.dtype)
+        self.precision = PRECISION_OF_DTYPE[dtype_name(decoder.dtype)]
 
     @classmethod
     def open(
@@ -38,7 +38,7 @@ class TorchSession(Session):
             max_seq_len: most positions per row; None: the checkpoint's.
         """
         config = checkpoint.config if max_seq_len is None else checkpoint.config.replace(max_seq_len=max_seq_len)
-        return cls(Decoder.from_tensors(config, checkpoint.read, PRECISIONS[precision], device))
+        return cls(Decoder.from_tensors(config, checkpoint.read, TORCH_DTYPES[DTYPE_OF_PRECISION[precision]], device))
 
     def make_buffers(self, batch_size: int, capacity: int) -> Cache:
         return self.decoder.new_cache(batch_size, capacity)

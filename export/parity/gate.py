@@ -25,7 +25,7 @@ from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import parameters
-from motrt.runtime.bundle import DTYPE_OF_PRECISION
+from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
 from motrt.runtime.torch_session import TorchSession
