@@ -13,21 +13,16 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import numpy as np
-import torch
-from torch import Tensor
 
 from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
-from motrt.model_def import decoder, heads
 from motrt.model_def.config import PRESETS, ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.initialize import random_tensor
 from motrt.model_def.parameters import num_parameters_read, parameters
 from motrt.runtime.bundle import MODEL_FILE
@@ -37,46 +32,14 @@ from motrt.runtime.onnx_session import OnnxSession
 PROMPT_LENGTH = 16
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Stands in for ``Routing``: every row takes every route, and ``Where`` keeps the one that was wanted."""
-
-    mask: Tensor
-    num_routes: int
-
-    def dispatch(self, x: Tensor) -> list[Tensor]:
-        return [x] * self.num_routes
-
-    def combine(self, parts: Sequence[Tensor]) -> Tensor:
-        kept = parts[0]
-        for route in range(1, self.num_routes):
-            kept = torch.where((self.mask == route)[:, None], parts[route], kept)
-        return kept
+DENSE = Graph("dense", "select")  # every row takes every route, and ``Where`` keeps the one that was wanted
 
 
-class DenseRouting:
-    """Stands in for the class ``Routing`` while the dense graph is traced."""
-
-    @staticmethod
-    def by(mask: Tensor, num_routes: int) -> Dense:
-        return Dense(mask, num_routes)
-
-
-@contextmanager
-def every_expert_computed() -> Iterator[None]:
-    with patch.object(decoder, "Routing", DenseRouting), patch.object(heads, "Routing", DenseRouting):
-        yield
-
-
-def write_graph(config: ModelConfig, dtype: str, folder: Path, dense: bool) -> Path:
+def write_graph(config: ModelConfig, dtype: str, folder: Path, graph: Graph) -> Path:
     """Trace and write one of the two graphs; the same weights in both."""
     table = {parameter.name: parameter for parameter in parameters(config)}
     folder.mkdir(parents=True)
-    if dense:
-        with every_expert_computed():
-            model = trace(config, dtype)
-    else:
-        model = trace(config, dtype)
+    model = trace(config, dtype, graph)
     attach_weights(model, config, dtype, lambda name: random_tensor(config, table[name], seed=0))
     write_onnx(model, folder)
     return folder / MODEL_FILE
@@ -129,7 +92,8 @@ def main(preset: str, work: Path, steps: int, json_file: Path | None) -> None:
     """Measure, print a table, and one JSON document last."""
     config = ModelConfig.preset(preset)
     try:
-        files = {kind: write_graph(config, "float32", work / kind, kind == "dense") for kind in ("sparse", "dense")}
+        graphs = {"sparse": CANONICAL, "dense": DENSE}
+        files = {kind: write_graph(config, "float32", work / kind, graph) for kind, graph in graphs.items()}
         sessions = {kind: OnnxSession(file, config) for kind, file in files.items()}
         cases = [
             prepared(f"{kind}, {modality}, batch {rows}", session, modality, rows)

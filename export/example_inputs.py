@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.signature import Signature, TensorSpec
 
-Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
+ExampleCache = list[tuple[Tensor, Tensor]]
+Example = tuple[list[Tensor], ExampleCache]
 
 
-def example_inputs(config: ModelConfig, dtype: torch.dtype) -> Example:
-    """Arguments for ``Decoder.forward``: two ragged rows over a cache that already holds some tokens."""
+def example_inputs(config: ModelConfig, dtype: torch.dtype, graph: Graph = CANONICAL) -> Example:
+    """The inputs of ``graph`` in its signature's order: two ragged rows, and a cache that already holds some tokens."""
     num_modalities = len(config.modalities)
-    batch, new_tokens, capacity = 2, 2 * num_modalities + 1, 8 * num_modalities
+    batch, new_tokens, capacity = 2, 2 * num_modalities + 1, graph.capacity or 8 * num_modalities
+    held = torch.tensor([0, 3])
+    buffer = (batch, config.num_kv_heads, capacity, config.head_size)
+    cache = [(torch.zeros(buffer, dtype=dtype), torch.zeros(buffer, dtype=dtype)) for _ in range(config.num_layers)]
+    if graph.tokens is not None:
+        return [torch.full((batch, 1), config.id_ranges[graph.tokens].start), held], cache
     mask = torch.arange(batch * new_tokens).reshape(batch, new_tokens) % num_modalities
     starts = torch.tensor([ids.start for ids in config.id_ranges])
     logits_index = torch.arange(1, batch * new_tokens)
-    buffer = (batch, config.num_kv_heads, capacity, config.head_size)
-    cache = [(torch.zeros(buffer, dtype=dtype), torch.zeros(buffer, dtype=dtype)) for _ in range(config.num_layers)]
-    return starts[mask], mask, torch.tensor([0, 3]), logits_index, logits_index % num_modalities, cache
+    return [starts[mask], mask, held, logits_index, logits_index % num_modalities], cache
 
 
 def dynamic_shapes(signature: Signature) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from motrt.errors import ExportError, raise_all
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import Signature, TensorSpec
 
@@ -19,13 +20,14 @@ _PRODUCTS = ("Gemm", "MatMul")
 _BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
 
 
-def check_onnx(model_file: Path, config: ModelConfig, dtype: str) -> dict[str, int]:
+def check_onnx(model_file: Path, config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> dict[str, int]:
     """Ask every question.
 
     Args:
-        model_file: ``model.onnx``, its external data beside it.
+        model_file: the ONNX file, its external data beside it.
         config: what the graph should compute.
         dtype: of weights and cache.
+        graph: which one it should be.
 
     Returns:
         The operator census: how many of each operator.
@@ -38,12 +40,12 @@ def check_onnx(model_file: Path, config: ModelConfig, dtype: str) -> dict[str, i
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as failure:
         raise ExportError(f"{model_file} is no valid ONNX: {failure}") from failure
     model = onnx.load(model_file, load_external_data=False)
-    signature = Signature.canonical(config, dtype)
+    signature = Signature.of(graph, config, dtype)
     raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
-    raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype))
-    raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config))
+    raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype, graph))
+    raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config, graph))
     raise_all(ExportError, "operators carry other numbers than the model's:", attribute_problems(model, config))
-    raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config))
+    raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config, graph))
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
     return census(model)
 
@@ -53,13 +55,15 @@ def contract_problems(model: onnx.ModelProto, signature: Signature) -> list[str]
     return signature.differences(_specs(model.graph.input), _specs(model.graph.output))
 
 
-def weight_problems(model: onnx.ModelProto, config: ModelConfig, dtype: str) -> list[str]:
-    """Every parameter must be an initializer of its name, shape and dtype, and some node must read it."""
+def weight_problems(model: onnx.ModelProto, config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> list[str]:
+    """Every parameter of the graph must be an initializer of its name, shape and dtype that some node reads; no other may."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {name for node in model.graph.node for name in node.input}
     expected_type = _TENSOR_DTYPES[dtype]
-    problems = []
-    for parameter in parameters(config):
+    wanted = graph.parameters(config)
+    absent = {one.name for one in parameters(config)} - {one.name for one in wanted}
+    problems = [f"{name} belongs to a modality that this graph does not serve" for name in stored if name in absent]
+    for parameter in wanted:
         tensor = stored.get(parameter.name)
         if tensor is None:
             problems.append(f"{parameter.name} is missing")
@@ -76,7 +80,7 @@ def census(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
+def census_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL) -> list[str]:
     """Standard operators only, no branches, and as many of the telling ones as the model has parts."""
     problems = [
         f"{node.op_type} ({node.name}) is of domain {node.domain!r}, not a standard operator"
@@ -85,10 +89,10 @@ def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
     ]
     counts = census(model)
     problems += [f"{counts[branch]} x {branch}: the graph should have no branches" for branch in _BRANCHES if branch in counts]
-    layers = config.num_layers
-    norms = 2 * layers + 1 + (2 * layers * len(config.attention_routes) if config.qk_norm else 0)
-    products = sum(len(parameter.shape) == 2 and parameter.part in ("attention", "expert") for parameter in parameters(config))
-    heads = len(config.modalities) if config.head == "split" else 1
+    layers, wanted = config.num_layers, graph.parameters(config)
+    norms = sum(len(one.shape) == 1 and not one.name.endswith(".bias") for one in wanted)
+    products = sum(len(one.shape) == 2 and one.part in ("attention", "expert") for one in wanted)
+    heads = 1 if graph.is_step or config.head == "shared" else len(config.modalities)
     expected = {
         "Attention": layers,
         "TensorScatter": 2 * layers,
@@ -96,6 +100,8 @@ def census_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
         "RMSNormalization": norms,
         "Gemm": products + heads,
     }
+    if graph.routing != "gather":
+        expected["NonZero"] = 0  # compilers that these graphs are made for do not take it
     counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
     return problems + [
         f"{counts.get(name, 0)} x {name}, {count} were expected"
@@ -131,12 +137,16 @@ def _same_number(value: float | bytes, wanted: float | bytes) -> bool:
     return abs(value - wanted) <= 1e-6 * abs(wanted)  # attributes are float32
 
 
-def routing_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:
+def routing_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL) -> list[str]:
     """Every product with a routed weight must take rows gathered by modality, so that an absent one costs nothing.
+
+    A derived graph holds no absent modality's weights (``weight_problems`` sees to it), or is meant to compute them all.
 
     A graph that computes all experts and selects afterwards gives the same logits, so that no comparison sees it, and
     (where it selects rather than adds) not even NaN in the weights would.
     """
+    if graph.routing != "gather":
+        return []
     producers = {output: node for node in model.graph.node for output in node.output}
     products = {name: node for node in model.graph.node if node.op_type in _PRODUCTS for name in node.input[1:2]}
     routed = [one for one in parameters(config) if one.modality is not None and len(one.shape) == 2]

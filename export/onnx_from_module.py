@@ -26,9 +26,11 @@ from motrt.errors import ExportError
 from motrt.export.example_inputs import dynamic_shapes, example_inputs
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.decoder import Decoder
+from motrt.model_def.decoder import Cache, Decoder
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.operators import OPSET, rope_tables
 from motrt.model_def.parameters import parameters
+from motrt.model_def.routing import Selected
 from motrt.model_def.signature import Signature
 from motrt.runtime.bundle import MODEL_FILE, WEIGHTS_FILE
 
@@ -40,23 +42,48 @@ ROPE_TABLES = ("rope_cos", "rope_sin")
 SMALLEST_EXTERNAL_BYTES = 64
 
 
-def trace(config: ModelConfig, dtype: str) -> ir.Model:
-    """The canonical graph of ``config``, its weights named and shaped but without values.
+class SelectingDecoder(Decoder):
+    """The decoder where every expert computes every row: see ``routing.Selected``."""
+
+    route = staticmethod(Selected.by)
+
+
+class StepDecoder(Decoder):
+    """The decoder where the modalities of tokens and predictions are known: see ``Decoder.step``."""
+
+    graph: Graph
+
+    def forward(  # type: ignore[override]  # fewer inputs: that is what it is for
+        self, input_ids: Tensor, cache_position: Tensor, cache: Cache
+    ) -> tuple[Tensor, Cache]:
+        assert self.graph.tokens is not None and self.graph.predicts is not None
+        return self.step(input_ids, cache_position, cache, self.graph.tokens, self.graph.predicts)
+
+
+MODULES: dict[str, type[Decoder]] = {"gather": Decoder, "select": SelectingDecoder, "fixed": StepDecoder}
+
+
+def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> ir.Model:
+    """A graph of ``config``, its weights named and shaped but without values.
 
     Args:
         config: what to trace; ``max_seq_len`` sizes the rotary tables.
         dtype: of weights, activations and cache: ``float32``, ``float16`` or ``bfloat16``.
+        graph: which one.
 
     Raises:
         ExportError: when PyTorch can not trace the module.
     """
-    signature = Signature.canonical(config, dtype)
+    signature = Signature.of(graph, config, dtype)
     torch_dtype = TORCH_DTYPES[dtype]
     fake = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True))
     shapes = {parameter.name: parameter.shape for parameter in parameters(config)}
     with fake:
-        decoder = Decoder.from_tensors(config, lambda name: torch.empty(shapes[name], dtype=torch_dtype), torch_dtype)
-    *plain, cache = example_inputs(config, torch_dtype)
+        module = MODULES[graph.routing]
+        decoder = module.from_tensors(config, lambda name: torch.empty(shapes[name], dtype=torch_dtype), torch_dtype)
+        if isinstance(decoder, StepDecoder):
+            decoder.graph = graph
+    plain, cache = example_inputs(config, torch_dtype, graph)
     arguments = tuple(fake.from_tensor(tensor) for tensor in plain)
     pairs = [(fake.from_tensor(keys), fake.from_tensor(values)) for keys, values in cache]
     try:
@@ -71,7 +98,7 @@ def trace(config: ModelConfig, dtype: str) -> ir.Model:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"PyTorch {torch.__version__} could not trace the decoder: {error}") from error
+        raise ExportError(f"PyTorch {torch.__version__} could not trace the decoder ({graph.name}): {error}") from error
     if program is None:
         raise ExportError("PyTorch gave no program: its exporter was switched off")
     model = program.model
@@ -112,6 +139,30 @@ def write_onnx(model: ir.Model, folder: Path, on_tensor: Callable[[int], None] =
         callback=lambda tensor, info: on_tensor(tensor.nbytes),
         max_workers=1,
     )
+
+
+def write_derived(model: ir.Model, graph: Graph, folder: Path) -> None:
+    """Write a derived graph beside the canonical one, whose weights it refers to: they lie on the disk once.
+
+    Args:
+        model: the traced graph, its weights without values.
+        graph: which one it is.
+        folder: where the canonical graph was written before.
+
+    Raises:
+        ExportError: for a weight that the canonical graph does not hold, in the same shape and dtype.
+    """
+    canonical = ir.load(folder / MODEL_FILE)
+    for name, value in model.graph.initializers.items():
+        if not _is_fake(value):
+            continue
+        held = canonical.graph.initializers[name].const_value if name in canonical.graph.initializers else None
+        placeholder = value.const_value
+        assert placeholder is not None and name is not None
+        if held is None or held.shape != placeholder.shape or held.dtype != placeholder.dtype:
+            raise ExportError(f"{graph.file_name} reads {name}, which {MODEL_FILE} does not hold as {placeholder.shape}")
+        value.const_value = held
+    ir.save(model, folder / graph.file_name)
 
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,6 +45,12 @@ def data_files(tensors: Iterable[TensorProto], folder: Path) -> tuple[list[Path]
     return [folder / name for name in names if name not in absent], absent
 
 
+def data_place(tensor: TensorProto) -> tuple[str, str, str]:
+    """File, first byte and number of bytes of an initializer's external data, as the graph writes them."""
+    entries = _entries(tensor)
+    return entries.get("location", ""), entries.get("offset", "0"), entries.get("length", "")
+
+
 def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of one initializer, from the graph or from its external data in ``folder``.
 

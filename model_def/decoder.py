@@ -12,11 +12,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.heads import SplitHead, filter_shared
+from motrt.model_def.heads import SplitHead, at_least_float32, filter_shared
 from motrt.model_def.layers import Layer, LayerCache, Positions
 from motrt.model_def.operators import rope_tables
 from motrt.model_def.parameters import parameters
-from motrt.model_def.routing import Routing
+from motrt.model_def.routing import Gathered, OneRoute, Routing
 
 Cache = list[LayerCache]
 
@@ -27,6 +27,8 @@ class Decoder(nn.Module):
     Args:
         config: what to build. The state's names are exactly those of ``parameters(config)``.
     """
+
+    route: Callable[[Tensor, int], Routing] = staticmethod(Gathered.by)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,22 +74,40 @@ class Decoder(nn.Module):
         Shapes: input_ids, modality_mask [b, s]; cache_position [b]; logits_index, head_mask [n]; cache per layer two
         of [b, k, t, d]. Returns logits [n, v] (float32, or float64 from a float64 model) and the new cache.
         """
-        at = self._positions(modality_mask, cache_position, cache)
+        experts = self.route(modality_mask.flatten(), len(self.config.modalities))
         x = self.tok_embeddings(input_ids.flatten())  # [b, s] -> [T, m]
+        x, present = self._through_layers(x, input_ids.shape[1], experts, cache_position, cache)
+        return self._logits(self.norm(x.index_select(0, logits_index)), head_mask), present
+
+    def step(
+        self, input_ids: Tensor, cache_position: Tensor, cache: Sequence[LayerCache], tokens: int, predicts: int
+    ) -> tuple[Tensor, Cache]:
+        """One token per row, all of modality ``tokens``, all predicting modality ``predicts``: no other's weights are named.
+
+        Shapes: input_ids [b, 1]; cache_position [b]. Returns the logits of the predicted modality's ids alone, [b, ids of the
+        modality], and the new cache.
+        """
+        own = self.config.id_ranges[tokens]
+        x = F.embedding(input_ids.flatten() - own.start, self.tok_embeddings.weight[own.start : own.stop])
+        x, present = self._through_layers(x, 1, OneRoute(tokens), cache_position, cache)
+        return self._range_logits(self.norm(x), predicts), present
+
+    def _through_layers(
+        self, x: Tensor, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]
+    ) -> tuple[Tensor, Cache]:
+        at = self._positions(s, experts, cache_position, cache)
         present: Cache = []
         for layer, past in zip(self.layers, cache, strict=True):
             x, new = layer(x, at, past)
             present.append(new)
-        return self._logits(self.norm(x.index_select(0, logits_index)), head_mask), present
+        return x, present
 
-    def _positions(self, modality_mask: Tensor, cache_position: Tensor, cache: Sequence[LayerCache]) -> Positions:
-        s, t = modality_mask.shape[1], cache[0][0].shape[2]
-        columns = cache_position[:, None] + torch.arange(s, device=modality_mask.device)
-        keys = torch.arange(t, device=modality_mask.device)
-        experts = Routing.by(modality_mask.flatten(), len(self.config.modalities))
+    def _positions(self, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]) -> Positions:
+        columns = cache_position[:, None] + torch.arange(s, device=cache_position.device)
+        keys = torch.arange(cache[0][0].shape[2], device=cache_position.device)
         return Positions(
             experts=experts,
-            projections=experts if self.config.routed_attention else Routing(),
+            projections=experts if self.config.routed_attention else OneRoute(),
             columns=columns,
             cache_position=cache_position,
             visible=keys <= columns[:, None, :, None],  # [t] against [b, 1, s, 1]
@@ -96,11 +116,19 @@ class Decoder(nn.Module):
 
     def _logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
         if isinstance(self.output, SplitHead):
-            split: Tensor = self.output(hidden, head_mask)
+            split: Tensor = self.output(hidden, self.route(head_mask, len(self.config.modalities)))
             return split
+        return filter_shared(F.linear(hidden, self._shared_head()), head_mask, self.config)
+
+    def _range_logits(self, hidden: Tensor, modality: int) -> Tensor:
+        if isinstance(self.output, SplitHead):
+            return self.output.range_logits(hidden, modality)
+        ids = self.config.id_ranges[modality]
+        return at_least_float32(F.linear(hidden, self._shared_head()[ids.start : ids.stop]))
+
+    def _shared_head(self) -> Tensor:
         whole: nn.Module = self.tok_embeddings if self.output is None else self.output
-        logits = F.linear(hidden, cast(Tensor, whole.weight))
-        return filter_shared(logits, head_mask, self.config)
+        return cast(Tensor, whole.weight)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Zeros for ``capacity`` positions: per layer two of [b, k, t, d]."""

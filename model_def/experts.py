@@ -41,7 +41,8 @@ def build_expert(expert: Expert, model_width: int) -> nn.Module:
 
 
 class RoutedExperts(nn.ModuleDict):
-    """One expert per modality: every row goes through its own modality's alone. Shapes: [T, m] -> [T, m]."""
+    """One expert per modality: every row goes through its own modality's. Shapes: [T, m] -> [T, m]."""
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return routing.combine([expert(rows) for expert, rows in zip(self.values(), routing.dispatch(x), strict=True)])
+        experts = list(self.values())
+        return routing.combine({route: experts[route](rows) for route, rows in routing.dispatch(x).items()})

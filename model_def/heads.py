@@ -14,35 +14,41 @@ from motrt.model_def.routing import Routing
 NEVER = float("-inf")
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class SplitHead(nn.ModuleDict):
-    """One output layer per modality; each row goes through the predicted modality's alone.
+    """One output layer per modality; each row goes through the predicted modality's.
 
-    Shapes: hidden [n, m], head_mask [n] -> logits [n, v], -inf outside the predicted modality's range.
+    Shapes: hidden [n, m] -> logits [n, v], -inf outside the predicted modality's range.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__({one.name: nn.Linear(config.model_width, one.vocab_size, bias=False) for one in config.modalities})
         self.id_ranges, self.vocab_size = config.id_ranges, config.vocab_size
 
-    def forward(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
-        routing = Routing.by(head_mask, len(self))
-        rows = routing.dispatch(hidden)
+    def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
         return routing.combine(
-            [
-                F.pad(_at_least_float32(layer(part)), (ids.start, self.vocab_size - ids.stop), value=NEVER)
-                for layer, part, ids in zip(self.values(), rows, self.id_ranges, strict=True)
-            ]
+            {
+                modality: self._widened(self.range_logits(rows, modality), self.id_ranges[modality])
+                for modality, rows in routing.dispatch(hidden).items()
+            }
         )
+
+    def range_logits(self, hidden: Tensor, modality: int) -> Tensor:
+        """The logits of one modality's own ids alone. Shapes: [n, m] -> [n, ids of the modality]."""
+        layers = list(self.values())
+        return at_least_float32(layers[modality](hidden))
+
+    def _widened(self, logits: Tensor, ids: range) -> Tensor:
+        return F.pad(logits, (ids.start, self.vocab_size - ids.stop), value=NEVER)
 
 
 def filter_shared(logits: Tensor, head_mask: Tensor, config: ModelConfig) -> Tensor:
     """-inf on every id outside the predicted modality's range. Shapes: logits [n, v], head_mask [n]."""
     if len(config.modalities) == 1:
-        return _at_least_float32(logits)
+        return at_least_float32(logits)
     ids = torch.arange(config.vocab_size, device=logits.device)
     owner = torch.stack([(ids >= owned.start).long() for owned in config.id_ranges[1:]]).sum(0)  # [v]
-    return _at_least_float32(logits).masked_fill(owner != head_mask[:, None], NEVER)
+    return at_least_float32(logits).masked_fill(owner != head_mask[:, None], NEVER)

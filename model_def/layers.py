@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from motrt.model_def import operators
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.experts import RoutedExperts, build_expert
-from motrt.model_def.routing import Routing
+from motrt.model_def.routing import Parts, Routing
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [b, k, t, d]
 
@@ -39,13 +39,14 @@ class Positions:
 
 
 class PerRoute(nn.ModuleDict):
-    """One module per route, each given its own route's rows."""
+    """One module per route, each given its own route's rows; a route that is not asked for does nothing."""
 
     def __init__(self, routes: Sequence[str], build: Callable[[], nn.Module]) -> None:
         super().__init__({route: build() for route in routes})
 
-    def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        return [module(rows) for module, rows in zip(self.values(), parts, strict=True)]
+    def forward(self, parts: Parts) -> Parts:
+        modules = list(self.values())
+        return {route: modules[route](rows) for route, rows in parts.items()}
 
 
 class Attention(nn.Module):
@@ -77,14 +78,15 @@ class Attention(nn.Module):
         flat = mixed.transpose(1, 2).reshape(x.shape[0], self.query_width)  # [b, h, s, d] -> [b, s, h, d] -> [T, h * d]
         return at.projections.combine(self.wo(at.projections.dispatch(flat))), (keys, values)
 
-    def _heads(self, parts: list[Tensor], norm: PerRoute | None, at: Positions) -> Tensor:
+    def _heads(self, parts: Parts, norm: PerRoute | None, at: Positions) -> Tensor:
         """Per route [rows, heads * d] -> [b, heads, s, d], through the route's norm where there is one."""
+        d = self.head_size
         if norm is not None:
             # Whole sizes, no -1: a route without rows has no size to infer one from.
-            heads = parts[0].shape[1] // self.head_size
-            parts = [rows.flatten(1) for rows in norm([rows.view(rows.shape[0], heads, self.head_size) for rows in parts])]
+            split = {route: rows.view(rows.shape[0], rows.shape[1] // d, d) for route, rows in parts.items()}
+            parts = {route: rows.flatten(1) for route, rows in norm(split).items()}
         b, s = at.columns.shape
-        return at.projections.combine(parts).view(b, s, -1, self.head_size).transpose(1, 2)
+        return at.projections.combine(parts).view(b, s, -1, d).transpose(1, 2)
 
 
 class Layer(nn.Module):

@@ -16,14 +16,21 @@ input                          dtype        dims         meaning
 ``present_key.i``/...          cache dtype  [b, k, t, d] may alias the past buffers
 ============================== ============ ============ ==============================================================
 
+Derived graphs (``graph.Graph``) fix dims and drop inputs, and mean the same by what is left. One whose modalities are known
+beforehand takes one token per row and wants the logits of every row, so ``modality_mask``, ``logits_index`` and
+``head_mask`` fall away; its output is ``range_logits``, float32 [b, ids of the predicted modality]: the part of ``logits``
+that is not -inf.
+
 Key j is visible to the query at column c of row r if ``j <= cache_position[r] + c``. That one rule covers prefill,
 chunked prefill, decode steps and ragged rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import Graph
 
 # Bump when a name, dtype, dim or meaning changes: bundles carry it, and an older runtime refuses a newer contract.
 CONTRACT_VERSION = 1
@@ -34,6 +41,7 @@ CACHE_POSITION = "cache_position"
 LOGITS_INDEX = "logits_index"
 HEAD_MASK = "head_mask"
 LOGITS = "logits"
+RANGE_LOGITS = "range_logits"
 
 BATCH, NEW_TOKENS, CAPACITY, NUM_LOGITS = "b", "s", "t", "n"
 
@@ -111,9 +119,35 @@ class Signature:
             num_layers=config.num_layers,
         )
 
+    @classmethod
+    def of(cls, graph: Graph, config: ModelConfig, cache_dtype: str) -> "Signature":
+        """The signature of a derived graph: the canonical one, with what ``graph`` knows beforehand left out."""
+        whole = cls.canonical(config, cache_dtype)
+        sizes: dict[Dim, Dim] = {} if graph.capacity is None else {CAPACITY: graph.capacity}
+        if graph.predicts is None:
+            return whole.with_dims(sizes)
+        sizes |= {NEW_TOKENS: 1, NUM_LOGITS: BATCH}
+        fixed = whole.with_dims(sizes)
+        logits = TensorSpec(RANGE_LOGITS, "float32", (BATCH, config.modalities[graph.predicts].vocab_size))
+        kept = tuple(spec for spec in fixed.inputs if spec.name not in (MODALITY_MASK, LOGITS_INDEX, HEAD_MASK))
+        return cls(kept, (logits, *fixed.outputs[1:]), whole.num_layers)
+
+    def with_dims(self, sizes: Mapping[Dim, Dim]) -> "Signature":
+        """The same with some symbolic dims replaced."""
+
+        def fixed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(one.name, one.dtype, tuple(sizes.get(dim, dim) for dim in one.dims)) for one in specs)
+
+        return Signature(fixed(self.inputs), fixed(self.outputs), self.num_layers)
+
     @property
     def cache_dtype(self) -> str:
         return self.input(past_key(0)).dtype
+
+    @property
+    def logits(self) -> TensorSpec:
+        """The output that holds the logits: ``logits``, or a step's ``range_logits``."""
+        return self.outputs[0]
 
     def input(self, name: str) -> TensorSpec:
         return next(spec for spec in self.inputs if spec.name == name)

@@ -37,8 +37,8 @@ class KVCache:
         return len(self.lengths)
 
 
-def capacity_for(num_positions: int, max_seq_len: int) -> int:
-    """The smallest bucket that holds ``num_positions``: 64, doubled as often as it takes, at most ``max_seq_len``.
+def capacity_for(num_positions: int, max_seq_len: int, smallest: int = SMALLEST_CAPACITY) -> int:
+    """The smallest bucket that holds ``num_positions``: ``smallest``, doubled as often as it takes, at most ``max_seq_len``.
 
     Raises:
         CapacityError: when ``num_positions`` is more than ``max_seq_len``.
@@ -48,7 +48,7 @@ def capacity_for(num_positions: int, max_seq_len: int) -> int:
             f"{num_positions} positions are more than the {max_seq_len} that this model holds per row: shorten the prompt, "
             "ask for fewer tokens, or export with a larger --max-seq-len"
         )
-    capacity = SMALLEST_CAPACITY
+    capacity = smallest
     while capacity < num_positions:
         capacity *= 2
     return min(capacity, max_seq_len)

@@ -1,10 +1,10 @@
-"""The canonical graph in onnxruntime. The one file of this room that needs it.
+"""The canonical graph in onnxruntime, and the graphs derived of it. The one file of this room that needs it.
 
 The cache stays where it is: past and present are bound to the same buffers, so ``TensorScatter`` writes in place. A
 step binds five small arrays and one row of logits, and nothing else moves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 
 from motrt.errors import BackendError, BundleError, raise_all
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.signature import (
-    LOGITS,
+    FLOAT_DTYPES,
     PRECISION_OF_DTYPE,
     Signature,
     TensorSpec,
@@ -23,6 +24,7 @@ from motrt.model_def.signature import (
     present_key,
     present_value,
 )
+from motrt.runtime.graph_choice import as_contract, choose, feed, num_logit_rows
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
@@ -43,26 +45,39 @@ _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 er
 
 
 @dataclass(frozen=True)
+class LoadedGraph:
+    """One graph of the plan, ready to run."""
+
+    graph: Graph
+    signature: Signature
+    session: Any
+
+
+@dataclass(frozen=True)
 class BoundBuffers:
-    """Keys and values of every layer, bound once as past and present."""
+    """Keys and values of every layer, bound once as past and present of every graph: all of them write the same cache."""
 
     values: tuple[Any, ...]
-    binding: Any
+    bindings: dict[Graph, Any]
 
 
 class OnnxSession(Session):
-    """One ONNX file behind the session's calls, on the CPU.
+    """ONNX files behind the session's calls, on the CPU.
 
     Args:
-        model: path of ``model.onnx``, its external data beside it.
-        config: what the graph computes.
+        model: path of the canonical graph; others lie beside it.
+        config: what the graphs compute.
         num_threads: for products; 0 leaves it to onnxruntime (one per core).
         log_severity: what onnxruntime prints: 3 errors, 2 warnings too.
         overrides: initializers to replace, by name; parity uses them to poison weights.
+        graphs: which graphs to load, most special first: each pass takes the first that serves it.
+
+    Attributes:
+        passes: how many passes each graph did, by its name.
 
     Raises:
-        BackendError: when onnxruntime can not run the graph here.
-        BundleError: when the graph does not have the contract's inputs and outputs.
+        BackendError: when onnxruntime can not run a graph here.
+        BundleError: when a graph does not have the contract's inputs and outputs.
     """
 
     def __init__(
@@ -71,34 +86,44 @@ class OnnxSession(Session):
         config: ModelConfig,
         num_threads: int = 0,
         log_severity: int = _ERRORS_ONLY,
-        overrides: dict[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        graphs: Sequence[Graph] = (CANONICAL,),
     ) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = log_severity
-        options.intra_op_num_threads = num_threads
-        if overrides:
-            values = [ort.OrtValue.ortvalue_from_numpy(value) for value in overrides.values()]
-            for name, value in zip(overrides, values, strict=True):
-                options.add_initializer(name, value)
-            self._overrides = (overrides, values)  # onnxruntime keeps pointers into them
-        try:
-            self._session = ort.InferenceSession(model, options, providers=[CPU])
-        except Exception as failure:  # onnxruntime's exceptions share no base of their own
-            raise BackendError(f"onnxruntime {ort.__version__} can not run {model} on the CPU: {failure}") from failure
         self.config = config
         self.backend = "onnxruntime (CPU)"
-        self.signature = Signature.canonical(config, self._cache_dtype())
+        self._overrides: list[Any] = []  # onnxruntime keeps pointers into them
+        self._loaded: dict[Graph, LoadedGraph] = {}
+        for graph in graphs:
+            file = model if graph == CANONICAL else model.parent / graph.file_name
+            options = ort.SessionOptions()
+            options.log_severity_level = log_severity
+            options.intra_op_num_threads = num_threads
+            self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
+            self._loaded[graph] = self._open(graph, file, options)
+        self.signature = next(iter(self._loaded.values())).signature
         self.precision = PRECISION_OF_DTYPE[self.signature.cache_dtype]
-        problems = self.signature.differences(*self.found_specs())
-        raise_all(BundleError, f"{model} does not keep the graph contract; export it again:", problems)
+        self.passes = {graph.name: 0 for graph in self._loaded}
+        if any(graph.capacity is not None for graph in graphs):
+            self.smallest_capacity = config.max_seq_len
 
-    def found_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """The graph's own inputs and outputs, as onnxruntime reports them."""
-        return _specs(self._session.get_inputs()), _specs(self._session.get_outputs())
+    def _override(self, options: Any, names: set[str], overrides: Mapping[str, Any]) -> None:
+        for name, value in overrides.items():
+            if name in names:
+                held = ort.OrtValue.ortvalue_from_numpy(value)
+                self._overrides.append((value, held))
+                options.add_initializer(name, held)
 
-    def _cache_dtype(self) -> str:
-        types = {one.name: one.type for one in self._session.get_inputs()}
-        return _DTYPES.get(types.get(past_key(0), ""), "float32")
+    def _open(self, graph: Graph, file: Path, options: Any) -> LoadedGraph:
+        try:
+            session = ort.InferenceSession(file, options, providers=[CPU])
+        except Exception as failure:  # onnxruntime's exceptions share no base of their own
+            raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the CPU: {failure}") from failure
+        inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+        cache_dtype = next((spec.dtype for spec in inputs if spec.name == past_key(0)), "float32")
+        signature = Signature.of(graph, self.config, cache_dtype if cache_dtype in FLOAT_DTYPES else "float32")
+        problems = signature.differences(inputs, outputs)
+        raise_all(BundleError, f"{file} does not keep the graph contract; export it again:", problems)
+        return LoadedGraph(graph, signature, session)
 
     def make_buffers(self, batch_size: int, capacity: int) -> BoundBuffers:
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
@@ -107,16 +132,18 @@ class OnnxSession(Session):
 
     def _bind(self, arrays: Sequence[np.ndarray[Any, Any]]) -> BoundBuffers:
         values = tuple(ort.OrtValue.ortvalue_from_numpy(array) for array in arrays)
-        binding = self._session.io_binding()
         names = [
             pair
             for layer in range(self.config.num_layers)
             for pair in ((past_key(layer), present_key(layer)), (past_value(layer), present_value(layer)))
         ]
-        for (past, present), value in zip(names, values, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
-        return BoundBuffers(values, binding)
+        bindings = {}
+        for graph, loaded in self._loaded.items():
+            bindings[graph] = loaded.session.io_binding()
+            for (past, present), value in zip(names, values, strict=True):
+                bindings[graph].bind_ortvalue_input(past, value)
+                bindings[graph].bind_ortvalue_output(present, value)
+        return BoundBuffers(values, bindings)
 
     def grow_buffers(self, buffers: BoundBuffers, capacity: int) -> BoundBuffers:
         grown = []
@@ -128,21 +155,23 @@ class OnnxSession(Session):
         return self._bind(grown)
 
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
-        binding = cache.buffers.binding
+        loaded = self._loaded[choose(self._loaded, inputs)]
+        binding, graph = cache.buffers.bindings[loaded.graph], loaded.graph
         # Kept in a name until the run is over: onnxruntime reads them where they lie.
-        fed = {name: np.ascontiguousarray(value) for name, value in inputs.named().items()}
+        fed = {name: np.ascontiguousarray(value) for name, value in feed(graph, inputs).items()}
         for name, value in fed.items():
             binding.bind_cpu_input(name, value)
-        logits = np.empty((len(inputs.logits_index), self.config.vocab_size), np.float32)
-        binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+        logits = np.empty((num_logit_rows(graph, inputs), int(loaded.signature.logits.dims[1])), np.float32)
+        binding.bind_ortvalue_output(loaded.signature.logits.name, ort.OrtValue.ortvalue_from_numpy(logits))
         try:
-            self._session.run_with_iobinding(binding)
+            loaded.session.run_with_iobinding(binding)
         except Exception as failure:
             raise BackendError(f"onnxruntime failed in this step: {failure}") from failure
-        return logits
+        self.passes[graph.name] += 1
+        return as_contract(graph, self.config, logits, inputs)
 
     def release(self) -> None:
-        del self._session
+        del self._loaded
 
 
 def _specs(found: Sequence[Any]) -> tuple[TensorSpec, ...]:

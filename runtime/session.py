@@ -7,14 +7,14 @@ token ids; text comes in only through the tokenizer that a bundle may carry (``d
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from motrt.errors import BackendError, InputError
 from motrt.model_def.config import ModelConfig
-from motrt.runtime.kv_cache import KVCache, capacity_for
+from motrt.runtime.kv_cache import SMALLEST_CAPACITY, KVCache, capacity_for
 from motrt.runtime.sampling import SamplingByModality
 from motrt.runtime.schedule import Schedule
 from motrt.runtime.step_inputs import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 
 Logits = NDArray[np.float32]
+SessionType = TypeVar("SessionType", bound="Session")
 
 
 class Session(ABC):
@@ -48,12 +49,14 @@ class Session(ABC):
         backend: what runs it, for people: ``onnxruntime (CPU)``.
         precision: of weights and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
         tokenizer: turns text into ids and back; None where the bundle carries none.
+        smallest_capacity: positions of the smallest cache; the model's maximum where its graphs know no other.
     """
 
     config: ModelConfig
     backend: str
     precision: str
     tokenizer: "Tokenizer | None" = None
+    smallest_capacity = SMALLEST_CAPACITY
 
     # What a backend writes: four small methods.
 
@@ -86,7 +89,7 @@ class Session(ABC):
             self._is_closed = True
             self.release()
 
-    def __enter__(self) -> "Session":
+    def __enter__(self: SessionType) -> SessionType:
         self.refuse_closed()
         return self
 
@@ -103,7 +106,7 @@ class Session(ABC):
         self.refuse_closed()
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"a batch needs a whole number of rows, at least one ({batch_size!r} came)")
-        capacity = capacity_for(num_positions, self.config.max_seq_len)
+        capacity = capacity_for(num_positions, self.config.max_seq_len, self.smallest_capacity)
         return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity), self)
 
     def reserve(self, cache: KVCache, num_positions: int) -> None:
@@ -114,7 +117,7 @@ class Session(ABC):
         """
         self.refuse_closed()
         if num_positions > cache.capacity:
-            capacity = capacity_for(num_positions, self.config.max_seq_len)
+            capacity = capacity_for(num_positions, self.config.max_seq_len, self.smallest_capacity)
             cache.buffers = self.grow_buffers(cache.buffers, capacity)
             cache.capacity = capacity
 

@@ -22,10 +22,16 @@ NUM_POSITIONS = 20
 CHUNK = 7
 
 
-def consistency_findings(session: Session) -> list[Finding]:
-    """Ask every question of ``session``."""
-    batch = scenarios(session.config, seed=2)[-1]
-    row = scenarios(session.config, seed=3)[-2].rows[0]
+def consistency_findings(session: Session, one_row: Scenario | None = None, batch: Scenario | None = None) -> list[Finding]:
+    """Ask every question of ``session``.
+
+    Args:
+        session: what answers.
+        one_row: where the row that is read in every way comes from; None: one that changes at every position.
+        batch: rows that are read together and alone; None: ragged, of all modalities.
+    """
+    batch = batch or scenarios(session.config, seed=2)[-1]
+    row = (one_row or scenarios(session.config, seed=3)[-2]).rows[0]
     row = row[: min(len(row), NUM_POSITIONS + 1)]
     whole = observe(session, _read(row, len(row) - 1))
     findings = [
@@ -33,7 +39,7 @@ def consistency_findings(session: Session) -> list[Finding]:
         _compared(session, "chunked prefill equals whole", whole, observe(session, _read(row, len(row) - 1, CHUNK))),
         _alone_and_together(session, batch),
     ]
-    if session.config.max_seq_len > SMALLEST_CAPACITY:
+    if session.config.max_seq_len > session.smallest_capacity:
         findings.append(_grown(session, row))
     findings.append(_streamed(session, batch))
     return findings

@@ -5,7 +5,7 @@ replace weights (P3) a second session stands beside the first.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import onnx
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
+from motrt.export.parity.derived import derived_contract_findings, named_for, own_consistency_findings, served, use_finding
 from motrt.export.parity.findings import Finding, Report
 from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
 from motrt.export.parity.routing_laws import absence_finding, law_findings, swap_finding
@@ -24,11 +25,14 @@ from motrt.export.steps import Steps
 from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
 from motrt.runtime.torch_session import TorchSession
+
+Weight = np.ndarray[Any, Any]
 
 # Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
 LARGEST_FLOAT64_REFERENCE = 10_000_000
@@ -36,19 +40,27 @@ LARGEST_FLOAT64_REFERENCE = 10_000_000
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: one ONNX file and what it claims to compute.
+    """What is examined: ONNX files and what they claim to compute.
 
     Attributes:
         model_file: ``model.onnx``, its external data beside it.
-        config: what the graph computes.
-        precision: of its weights and cache.
+        config: what the graphs compute.
+        precision: of weights and cache.
         files: sha256 by name of the files examined, for the report.
+        graphs: those derived of the canonical one, beside it.
     """
 
     model_file: Path
     config: ModelConfig
     precision: str
     files: Mapping[str, str]
+    graphs: tuple[Graph, ...] = ()
+
+    def open(
+        self, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,), weights: Mapping[str, Weight] | None = None
+    ) -> OnnxSession:
+        """A session over some of the graphs, with some weights replaced."""
+        return OnnxSession(self.model_file, self.config, num_threads, overrides=weights, graphs=graphs)
 
     @property
     def dtype(self) -> str:
@@ -76,9 +88,11 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     started = time.perf_counter()
     with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
         findings = contract_findings(subject.model_file, subject.config, subject.dtype, checkpoint, advance)
+        for graph in subject.graphs:
+            findings += named_for(graph, derived_contract_findings(subject.model_file, graph, subject.config, subject.dtype))
     with steps.step("reference in PyTorch"):
         expected = reference(subject.config, checkpoint)
-    with OnnxSession(subject.model_file, subject.config, num_threads) as session:
+    with subject.open(num_threads) as session:
         with steps.step("P2 self-consistency"):
             findings += consistency_findings(session)
         with steps.step("P3 routing laws"):
@@ -89,7 +103,23 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         with steps.step("P5 generation"):
             findings += generation_findings(session, expected.plans, noise_of(compared))
         backend = session.backend
+    for graph in subject.graphs:
+        with steps.step(f"P2 to P5 of {graph.name}"):
+            findings += named_for(graph, _climb_derived(subject, graph, expected, num_threads))
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files)
+
+
+def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_threads: int) -> list[Finding]:
+    """P2 to P5 of one derived graph, the canonical one behind it for what it does not serve."""
+    with subject.open(num_threads, (graph, CANONICAL)) as session:
+        findings = own_consistency_findings(session, graph)
+        if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
+            findings += law_findings(session) + _laws_of_weights(session, subject, num_threads, (graph, CANONICAL))
+        wanted = served(graph, [scenario for scenario, _ in expected.scenarios], subject.config)
+        compared = compare(session, [(scenario, said) for scenario, said in expected.scenarios if scenario in wanted])
+        findings += agreement_findings(session, compared)
+        findings += generation_findings(session, expected.plans, noise_of(compared))
+        return [*findings, use_finding(graph, session.passes[graph.name])]
 
 
 def reference(config: ModelConfig, checkpoint: Checkpoint) -> Expectation:
@@ -110,21 +140,23 @@ def ask(session: Session) -> Expectation:
     )
 
 
-def _laws_of_weights(session: Session, subject: Subject, num_threads: int) -> list[Finding]:
+def _laws_of_weights(
+    session: Session, subject: Subject, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,)
+) -> list[Finding]:
     """The laws that are seen by replacing weights; one modality has none to leave out."""
     if len(subject.config.modalities) < 2:
         return []
     dtype = np.dtype(subject.dtype)
 
-    def open_with(weights: Mapping[str, np.ndarray[Any, Any]]) -> Session:
-        return OnnxSession(subject.model_file, subject.config, num_threads, overrides=dict(weights))
+    def open_with(weights: Mapping[str, Weight]) -> Session:
+        return subject.open(num_threads, graphs, weights)
 
     stored = {one.name: one for one in onnx.load(subject.model_file, load_external_data=False).graph.initializer}
 
-    def read(name: str) -> np.ndarray[Any, Any]:
+    def read(name: str) -> Weight:
         tensor = stored[name]
-        flat: np.ndarray[Any, Any] = stored_bytes(tensor, subject.model_file.parent).view(dtype)
-        shaped: np.ndarray[Any, Any] = flat.reshape(tuple(tensor.dims)).copy()
+        flat: Weight = stored_bytes(tensor, subject.model_file.parent).view(dtype)
+        shaped: Weight = flat.reshape(tuple(tensor.dims)).copy()
         return shaped
 
     modalities = range(len(subject.config.modalities))

@@ -84,6 +84,12 @@ def scenarios(config: ModelConfig, seed: int = 0) -> tuple[Scenario, ...]:
     return tuple(found)
 
 
+def pattern_scenarios(config: ModelConfig, pattern: Sequence[int], seed: int = 3) -> tuple[Scenario, Scenario]:
+    """One row, and a ragged batch, whose modalities follow ``pattern`` over and over."""
+    make = _Maker(config, seed)
+    return make.scenario("one row", [pattern]), make.scenario("ragged batch", [pattern] * 3, ragged=True)
+
+
 class _Maker:
     """Draws ids of given modalities, the first and last id of each range among them."""
 

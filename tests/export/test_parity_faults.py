@@ -24,9 +24,10 @@ from motrt.export.parity.scenarios import observe, scenarios
 from motrt.model_def import experts, operators
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig, RopeConfig
+from motrt.model_def.decoder import Decoder
 from motrt.model_def.operators import rope_tables
 from motrt.model_def.parameters import parameters
-from motrt.model_def.routing import Routing
+from motrt.model_def.routing import Gathered, Routing
 from motrt.runtime.bundle import WEIGHTS_FILE
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.onnx_session import OnnxSession
@@ -298,7 +299,7 @@ def test_p3_sees_a_filter_off_by_one(modality: int, border: str, direction: str,
 
 def all_added(self: experts.RoutedExperts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Every expert computes every row; products with 0 and 1 merge them."""
-    assert routing.rows is not None
+    assert isinstance(routing, Gathered)
     outputs = [expert(x) for expert in self.values()]
     masks = [torch.zeros_like(x[:, :1]).index_fill(0, rows, 1.0) for rows in routing.rows]
     return sum((mask * output for mask, output in zip(masks, outputs, strict=True)), torch.zeros_like(x))
@@ -306,7 +307,7 @@ def all_added(self: experts.RoutedExperts, x: torch.Tensor, routing: Routing) ->
 
 def all_selected(self: experts.RoutedExperts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Every expert computes every row; the wanted one is chosen: not even NaN would show."""
-    assert routing.rows is not None
+    assert isinstance(routing, Gathered)
     merged = torch.zeros_like(x)
     for expert, rows in zip(self.values(), routing.rows, strict=True):
         is_own = torch.zeros_like(x[:, :1]).index_copy(0, rows, torch.ones_like(x[:, :1]).index_select(0, rows)) > 0
@@ -362,8 +363,8 @@ def test_swapped_experts_and_a_flipped_mask_give_the_same(make_checkpoint: MakeC
 
 def test_swapping_sees_a_mask_that_is_not_read(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_checkpoint(EQUAL)
-    by = Routing.by
-    monkeypatch.setattr(Routing, "by", staticmethod(lambda mask, count: by(torch.zeros_like(mask), count)))
+    unread = staticmethod(lambda mask, count: Gathered.by(torch.zeros_like(mask), count))
+    monkeypatch.setattr(Decoder, "route", unread)
     finding = swap_finding(torch_session(checkpoint), opener(checkpoint), reader(checkpoint))
     assert finding.outcome is Outcome.FAIL
 

@@ -13,9 +13,11 @@ import pytest
 
 from motrt.errors import BackendError, CapacityError, InputError
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL
 from motrt.runtime import step_inputs
 from motrt.runtime.kv_cache import SMALLEST_CAPACITY, KVCache
 from motrt.runtime.load import load
+from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import decode_inputs
 
@@ -182,7 +184,8 @@ def test_a_backend_that_fails_in_a_step_leaves_the_cache_usable(onnx: Session, m
 
     _, cache = onnx.prefill([TEXT], "text")
     with monkeypatch.context() as patch:
-        patch.setattr(onnx, "_session", Broken())
+        assert isinstance(onnx, OnnxSession)
+        patch.setitem(onnx._loaded, CANONICAL, replace(onnx._loaded[CANONICAL], session=Broken()))
         with pytest.raises(BackendError, match="on fire"):
             onnx.decode_step([4], "text", cache)
     assert cache.lengths.tolist() == [len(TEXT)]
@@ -206,6 +209,7 @@ def test_inputs_that_do_not_lie_in_one_piece_are_read_rightly(onnx: Session) -> 
 WATCH = """
 import sys, pathlib, numpy as np
 from motrt.runtime.bundle import open_bundle
+from motrt.model_def.graph import CANONICAL
 from motrt.runtime.onnx_session import OnnxSession
 bundle = open_bundle(sys.argv[1])
 session = OnnxSession(bundle.model_path, bundle.config, num_threads=1, log_severity=2)
@@ -216,11 +220,11 @@ if sys.argv[2] == "bound":
         session.decode_step([token, 97 + token], "audio", cache)
     assert cache.capacity == 128
 else:
-    buffers = {one.name: np.zeros((1, 2, 64, 16), np.float32) for one in session._session.get_inputs()[5:]}
+    buffers = {one.name: np.zeros((1, 2, 64, 16), np.float32) for one in session._loaded[CANONICAL].session.get_inputs()[5:]}
     ids = np.array([[1]])
     zero = np.zeros(1, np.int64)
     feeds = {"input_ids": ids, "modality_mask": ids * 0, "cache_position": zero, "logits_index": zero, "head_mask": zero}
-    session._session.run(None, feeds | buffers)
+    session._loaded[CANONICAL].session.run(None, feeds | buffers)
 print("done")
 """
 

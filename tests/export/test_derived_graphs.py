@@ -1,0 +1,160 @@
+"""Every derived graph means the same as the canonical one: the whole ladder, in onnxruntime, before any engine is built."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from motrt.errors import ExportError
+from motrt.export.onnx_check import check_onnx, weight_problems
+from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
+from motrt.export.parity.derived import derived_contract_findings, use_finding
+from motrt.export.parity.findings import Outcome, Report
+from motrt.export.parity.gate import Subject, climb
+from motrt.export.steps import Steps
+from motrt.model_def.checkpoint.native import open_checkpoint
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph, Target, plan_for
+from motrt.model_def.parameters import parameters
+from motrt.tests.export.models import ONE, THREE, TIED, TINY
+
+MakeCheckpoint = Callable[[ModelConfig], Path]
+Write = Callable[[ModelConfig, Target], Path]
+
+
+@pytest.fixture(scope="session")
+def write(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """A folder with the canonical graph and those of a target, made once for each."""
+    made: dict[tuple[str, Target], Path] = {}
+
+    def make(config: ModelConfig, target: Target) -> Path:
+        key = (config.to_json(), target)
+        if key not in made:
+            folder = made[key] = tmp_path_factory.mktemp("graphs")
+            model = trace(config, "float32")
+            attach_weights(model, config, "float32", open_checkpoint(make_checkpoint(config)).read)
+            write_onnx(model, folder)
+            for graph in plan_for(target, config):
+                write_derived(trace(config, "float32", graph), graph, folder)
+        return made[key]
+
+    return make
+
+
+QK_NORM = TINY.replace(qk_norm=True, num_layers=1)
+# Where the number of layers is not what matters, one: each graph is a trace of its own.
+MODELS = {
+    "tiny": TINY,
+    "tied, attention not routed": TIED.replace(num_layers=1),
+    "one modality": ONE.replace(num_layers=1),
+    "three": THREE.replace(num_layers=1),
+}
+models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+
+
+@models
+def test_every_graph_is_valid_and_weights_lie_on_the_disk_once(config: ModelConfig, write: Write) -> None:
+    folder = write(config, "tensorrt")
+    for graph in (CANONICAL, *plan_for("tensorrt", config)):
+        check_onnx(folder / graph.file_name, config, "float32", graph)
+        assert (folder / graph.file_name).stat().st_size < 200_000
+    files = {file.name for file in folder.iterdir()}
+    assert files == {"model.onnx.data", "model.onnx", *(graph.file_name for graph in plan_for("tensorrt", config))}
+
+
+def test_a_weight_of_another_modality_in_a_step_is_seen(write: Write) -> None:
+    step = plan_for("tensorrt", TINY)[0]
+    model = onnx.load(write(TINY, "tensorrt") / "prefill.onnx", load_external_data=False)
+    problems = weight_problems(model, TINY, "float32", step)
+    absent = len(parameters(TINY)) - len(step.parameters(TINY))
+    assert len(problems) == absent and all("does not serve" in problem for problem in problems)
+
+
+def test_a_derived_graph_of_another_model_is_refused(write: Write, tmp_path: Path) -> None:
+    step = plan_for("tensorrt", QK_NORM)[0]
+    for file in write(TINY, "tensorrt").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ExportError, match=r"q_norm.text.weight, which model.onnx does not hold"):
+        write_derived(trace(QK_NORM, "float32", step), step, tmp_path)
+
+
+def test_the_check_of_a_step_refuses_the_canonical_graph(write: Write) -> None:
+    with pytest.raises(ExportError, match="does not keep the contract"):
+        check_onnx(write(TINY, "tensorrt") / "model.onnx", TINY, "float32", Graph("step", "fixed", 0, 0, TINY.max_seq_len))
+
+
+def climbed(folder: Path, config: ModelConfig, checkpoint: Path, target: Target) -> Report:
+    subject = Subject(folder / "model.onnx", config, "fp32", {}, plan_for(target, config))
+    return climb(subject, open_checkpoint(checkpoint), Steps(), num_threads=1)
+
+
+@models
+def test_every_graph_climbs_the_whole_ladder(config: ModelConfig, write: Write, make_checkpoint: MakeCheckpoint) -> None:
+    report = climbed(write(config, "tensorrt"), config, make_checkpoint(config), "tensorrt")
+    wrong = [one for one in report.findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)]
+    assert not wrong
+    for graph in plan_for("tensorrt", config):
+        rungs = {one.rung for one in report.findings if one.question.startswith(f"{graph.name}: ")}
+        assert rungs == ({"P1", "P2", "P4", "P5"} if graph.is_step else {"P1", "P2", "P3", "P4", "P5"})
+
+
+@pytest.fixture
+def copied(write: Write, tmp_path: Path) -> Path:
+    """The tiny model's graphs, to be changed."""
+    return Path(shutil.copytree(write(TINY, "tensorrt"), tmp_path / "graphs"))
+
+
+def change(file: Path, doctor: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(file, load_external_data=False)
+    doctor(model)
+    file.write_bytes(model.SerializeToString())
+
+
+def failed(report: Report) -> set[str]:
+    return {one.question for one in report.findings if one.outcome is Outcome.FAIL}
+
+
+def exchange_inputs(one: str, other: str) -> Callable[[onnx.ModelProto], None]:
+    def doctor(model: onnx.ModelProto) -> None:
+        exchanged = {one: other, other: one}
+        for node in model.graph.node:
+            node.input[:] = [exchanged.get(name, name) for name in node.input]
+
+    return doctor
+
+
+@pytest.mark.parametrize("graph", [graph.name for graph in plan_for("tensorrt", TINY)])
+def test_two_weights_exchanged_in_one_graph_fail_that_graph_alone(graph: str, copied: Path, tiny_checkpoint: Path) -> None:
+    # Norms are read by every graph, whatever its modality.
+    change(copied / f"{graph}.onnx", exchange_inputs("layers.0.attention_norm.weight", "layers.1.ffn_norm.weight"))
+    questions = failed(climbed(copied, TINY, tiny_checkpoint, "tensorrt"))
+    assert questions and all(question.startswith(f"{graph}: ") for question in questions)
+    assert any("decode" in question or "change-over" in question or "tokens" in question for question in questions)
+
+
+def test_weights_that_lie_elsewhere_are_seen(copied: Path) -> None:
+    step = plan_for("tensorrt", TINY)[0]
+
+    def doctor(model: onnx.ModelProto) -> None:
+        places = {one.name: one for one in model.graph.initializer}
+        first, second = places["layers.0.attention.wk.text.weight"], places["layers.0.attention.wv.text.weight"]
+        kept = [(item.key, item.value) for item in first.external_data]
+        del first.external_data[:]
+        first.external_data.extend(second.external_data)
+        del second.external_data[:]
+        for key, value in kept:
+            second.external_data.add(key=key, value=value)
+
+    change(copied / step.file_name, doctor)
+    findings = derived_contract_findings(copied / "model.onnx", step, TINY, "float32")
+    assert {one.question for one in findings if one.outcome is Outcome.FAIL} == {
+        "its weights are the canonical graph's very bytes"
+    }
+
+
+def test_a_graph_that_nothing_went_through_is_not_proven() -> None:
+    step = plan_for("tensorrt", TINY)[0]
+    assert use_finding(step, 0).outcome is Outcome.FAIL
+    assert use_finding(step, 3).outcome is Outcome.PASS
