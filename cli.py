@@ -227,6 +227,50 @@ def inspect(path: Path, as_json: bool) -> None:
             results.print(one)
 
 
+ENGINE_OPTIONS = (
+    click.option("--compute-capability", "capabilities", help="Of the GPUs that will run it: 8.9, or 8.6,8.9,12.0."),
+    click.option("--batch", help="Rows: LEAST,BEST,MOST, or one number.  [default: 1,1,8]"),
+    click.option("--prefill-tokens", help="Prompt ids of one pass: LEAST,BEST,MOST.  [default: 1,128,512]"),
+    click.option("--workspace", type=click.FloatRange(min=0, min_open=True), help="Most scratch memory of a layer, in GB."),
+    click.option("--version-compatible", is_flag=True, help="For later versions of the library too (tensorrt)."),
+    click.option("--hardware-compatible", is_flag=True, help="For other GPUs, Ampere and later, too (tensorrt)."),
+    click.option("--timing-cache", type=click.Path(path_type=Path), help="Keep measurements of kernels here (tensorrt)."),
+)
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What the builder of engines takes, for targets that are compiled."""
+    for option in reversed(ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
+    """What was said of engines; None for targets that have none."""
+    from motrt.export.engine_from_onnx import EngineOptions
+    from motrt.export.trt_profile import USUAL_BATCH, USUAL_NEW_TOKENS, Sizes, parse_range
+
+    said = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if target not in ("tensorrt", "tensorrt-rtx"):
+        if said:
+            raise click.UsageError(f"{', '.join(said)}: for --target tensorrt and tensorrt-rtx alone")
+        return None
+    capabilities = [part.strip() for part in (given["capabilities"] or "").split(",") if part.strip()]
+    sizes = Sizes(
+        parse_range(given["batch"]) if given["batch"] else USUAL_BATCH,
+        parse_range(given["prefill_tokens"]) if given["prefill_tokens"] else USUAL_NEW_TOKENS,
+    )
+    return EngineOptions(
+        target,
+        sizes,
+        tuple(capabilities),
+        None if given["workspace"] is None else int(given["workspace"] * 1e9),
+        given["version_compatible"],
+        given["hardware_compatible"],
+        given["timing_cache"],
+    )
+
+
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -234,6 +278,14 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.option("--max-seq-len", type=click.IntRange(1), help="Most positions per row; the checkpoint's where not said.")
 @click.option("--allow-untrained", is_flag=True, help="Go on though a modality's rows were never trained.")
 @click.option("--no-verify", is_flag=True, help="Do not climb the parity ladder; the manifest says so.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "cuda", "tensorrt", "tensorrt-rtx"]),
+    default="onnx",
+    show_default=True,
+    help="What to make the bundle for; the canonical graph is in every one.",
+)
+@engine_options
 @json_option
 @mends
 def export(
@@ -243,18 +295,36 @@ def export(
     max_seq_len: int | None,
     allow_untrained: bool,
     no_verify: bool,
+    target: Any,
     as_json: bool,
+    **engine: Any,
 ) -> None:
-    """Export CHECKPOINT to the folder BUNDLE, and prove that it is still the model."""
+    """Export CHECKPOINT to the folder BUNDLE, and prove that it is still the model.
+
+    --target tensorrt builds on the GPU that will run the engines; --target tensorrt-rtx builds anywhere, for RTX GPUs. Both
+    take --precision fp16 or bf16. --target cuda adds graphs for onnxruntime on a GPU.
+    """
     needs_export_packages()
     from motrt.export.bundle_from_checkpoint import export_bundle
     from motrt.export.report import parity_table, seconds_table, size, verdict_line
 
-    exported = export_bundle(checkpoint, bundle, precision, max_seq_len, allow_untrained, not no_verify, drawn_steps())
+    exported = export_bundle(
+        checkpoint,
+        bundle,
+        precision,
+        max_seq_len,
+        allow_untrained,
+        not no_verify,
+        drawn_steps(),
+        target,
+        chosen_engine_options(target, engine),
+    )
     num_bytes = sum(one.num_bytes for one in exported.bundle.manifest.files.values())
     report = None if exported.report is None else exported.report.to_dict()
     if as_json:
-        print_json({"bundle": str(bundle), "bytes": num_bytes, "seconds": exported.seconds, "parity": report})
+        engines = [one.to_dict() for one in exported.bundle.manifest.engines]
+        told = {"bundle": str(bundle), "bytes": num_bytes, "seconds": exported.seconds, "parity": report}
+        print_json({**told, "engines": engines})
         return
     results.print(seconds_table(exported.seconds))
     if report is not None:

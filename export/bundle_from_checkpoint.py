@@ -7,15 +7,17 @@ whatever goes wrong on the way, a failed proof included, leaves nothing.
 import logging
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
 
-from motrt.errors import BackendError, CheckpointError, ExportError, ParityError
+from motrt.errors import BackendError, CheckpointError, ExportError, InputError, ParityError
+from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_options, weight_bytes
 from motrt.export.onnx_check import check_onnx
-from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
+from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
 from motrt.export.parity.findings import Outcome, Report
 from motrt.export.parity.gate import Subject, climb
 from motrt.export.steps import Advance, Steps
@@ -23,6 +25,7 @@ from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.config import MAX_SEQ_LEN, ModelConfig
+from motrt.model_def.graph import ENGINE_TARGETS, TARGETS, Graph, Target, plan_for
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
@@ -37,12 +40,13 @@ from motrt.runtime.bundle import (
     record_files,
     write_manifest,
 )
+from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.load import read_tokenizer, source_of
 
 logger = logging.getLogger(__name__)
 
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
-PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "polygraphy", "tensorrt-rtx", "tensorrt")
 
 _GRAPH_BYTES = 8 << 20  # more than model.onnx and the manifest ever take
 
@@ -70,8 +74,10 @@ def export_bundle(
     allow_untrained: bool = False,
     verify: bool = True,
     steps: Steps | None = None,
+    target: Target = "onnx",
+    engine_options: EngineOptions | None = None,
 ) -> Exported:
-    """Trace, check, prove, and write a bundle.
+    """Trace, check, prove, compile where the target asks for it, and write a bundle.
 
     Args:
         checkpoint_path: a native checkpoint's folder.
@@ -81,39 +87,39 @@ def export_bundle(
         allow_untrained: go on though a modality's rows were never trained.
         verify: climb the parity ladder before the bundle is made.
         steps: told of progress.
+        target: what the bundle is made for (see ``plan_for``); the canonical graph is in every one.
+        engine_options: for targets that are compiled; None: the usual ones.
 
     Raises:
         CheckpointError: for a checkpoint that is not whole, or holds NaN.
         UntrainedRowsError: naming rows of a modality that was never trained.
         BundleError: for a tokenizer that can not be read.
         ExportError: where the graph can not be made or is not the one asked for, or ``out`` can not be written.
+        InputError: for engine options that the target does not have.
+        BackendError: where what the target is compiled with is not to be had here.
         ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
     """
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
     config, read = _as_exported(checkpoint, max_seq_len)
+    options = _engine_options(target, engine_options)
     _refuse_what_can_not_be(precision, verify)
+    if options is not None:
+        refuse_options(options, precision)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
-    num_bytes = sum(one.numel for one in parameters(config)) * TORCH_DTYPES[DTYPE_OF_PRECISION[precision]].itemsize
-    with new_folder(out, num_bytes + _bytes_beside_weights(checkpoint, config), ExportError) as folder:
+    work = _Work(config, precision, plan_for(target, config), checkpoint, steps)
+    with new_folder(out, work.num_bytes(compiled=options is not None), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
         with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
             source = {"path": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256(advance)}
-        dtype = DTYPE_OF_PRECISION[precision]
-        with steps.step("trace the graph"):
-            model = trace(config, dtype)
-            attach_weights(model, config, dtype, read)
-        with steps.step("write the weights", num_bytes) as advance:
-            write_onnx(model, folder, advance)
-            if checkpoint.tokenizer_path is not None:
-                shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER_FILE)
-        with steps.step("check the graph"):
-            operators = check_onnx(folder / MODEL_FILE, config, dtype)
-        with steps.step("hash the bundle", num_bytes) as advance:
+        operators = work.write_graphs(folder, read)
+        with steps.step("hash the bundle", work.weight_bytes) as advance:
             files = record_files(folder, advance)
-        report = _prove(folder, config, precision, files, checkpoint, steps) if verify else None
+        report = _prove(folder, work, files) if verify else None
+        engines = work.build_engines(folder, options) if options is not None else ()
+        files |= {one.file: FileRecord((folder / one.file).stat().st_size, one.sha256) for one in engines}
         manifest = Manifest(
             config=config,
             precision=precision,
@@ -122,9 +128,71 @@ def export_bundle(
             versions=_versions(),
             parity=None if report is None else report.to_dict(),
             operators=operators,
+            target=target,
+            graphs=work.graphs,
+            engines=engines,
         )
         write_manifest(folder, manifest)
     return Exported(open_bundle(out), report, steps.seconds)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every stage of one export knows."""
+
+    config: ModelConfig
+    precision: str
+    graphs: tuple[Graph, ...]
+    checkpoint: Checkpoint
+    steps: Steps
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_OF_PRECISION[self.precision]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(one.numel for one in parameters(self.config)) * TORCH_DTYPES[self.dtype].itemsize
+
+    def num_bytes(self, compiled: bool) -> int:
+        """What will lie on the disk: weights once for all graphs, and again in every engine."""
+        itemsize = TORCH_DTYPES[self.dtype].itemsize
+        engines = sum(weight_bytes(graph, self.config, itemsize) + _GRAPH_BYTES for graph in self.graphs) if compiled else 0
+        return self.weight_bytes + engines + _bytes_beside_weights(self.checkpoint, self.config)
+
+    def write_graphs(self, folder: Path, read: Read) -> dict[str, int]:
+        """Trace, write and check every graph; returns the canonical one's operators."""
+        with self.steps.step("trace the graph"):
+            model = trace(self.config, self.dtype)
+            attach_weights(model, self.config, self.dtype, read)
+        with self.steps.step("write the weights", self.weight_bytes) as advance:
+            write_onnx(model, folder, advance)
+            if self.checkpoint.tokenizer_path is not None:
+                shutil.copyfile(self.checkpoint.tokenizer_path, folder / TOKENIZER_FILE)
+        for graph in self.graphs:
+            with self.steps.step(f"trace {graph.name}"):
+                write_derived(trace(self.config, self.dtype, graph), graph, folder)
+        with self.steps.step("check the graph"):
+            for graph in self.graphs:
+                check_onnx(folder / graph.file_name, self.config, self.dtype, graph)
+            return check_onnx(folder / MODEL_FILE, self.config, self.dtype)
+
+    def build_engines(self, folder: Path, options: EngineOptions) -> tuple[EngineRecord, ...]:
+        return tuple(
+            build_engine(folder / graph.file_name, graph, self.config, self.dtype, options, self.steps) for graph in self.graphs
+        )
+
+
+def _engine_options(target: Target, options: EngineOptions | None) -> EngineOptions | None:
+    if target not in TARGETS:
+        raise InputError(f"target must be one of {', '.join(TARGETS)} ({target!r} came)")
+    if target in ENGINE_TARGETS:
+        if options is not None and options.flavour != target:
+            raise InputError(f"the engine options are for {options.flavour!r}, and the target is {target!r}")
+        return options or EngineOptions(target)
+    if options is not None:
+        raise InputError(f"--target {target} compiles no engines, and takes no options for them")
+    return None
 
 
 def verify_bundle(
@@ -157,7 +225,7 @@ def verify_bundle(
             "name the right one with --checkpoint, or export again"
         )
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-    subject = Subject(bundle.model_path, bundle.config, bundle.manifest.precision, files)
+    subject = Subject(bundle.model_path, bundle.config, bundle.manifest.precision, files, bundle.manifest.graphs)
     return climb(subject, checkpoint, steps, num_threads)
 
 
@@ -191,13 +259,12 @@ def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
         )
 
 
-def _prove(
-    folder: Path, config: ModelConfig, precision: str, files: dict[str, FileRecord], checkpoint: Checkpoint, steps: Steps
-) -> Report:
+def _prove(folder: Path, work: _Work, files: Mapping[str, FileRecord]) -> Report:
     hashes = {name: record.sha256 for name, record in files.items()}
-    report = climb(Subject(folder / MODEL_FILE, config, precision, hashes), checkpoint, steps)
+    subject = Subject(folder / MODEL_FILE, work.config, work.precision, hashes, work.graphs)
+    report = climb(subject, work.checkpoint, work.steps)
     if report.verdict is Outcome.FAIL:
-        failed = [f"{one.rung} {one.question}: {one.detail}" for one in report.findings if one.outcome is Outcome.FAIL]
+        failed = [str(one) for one in report.findings if one.outcome is Outcome.FAIL]
         message = "\n  - ".join(["what was exported is not the model, so no bundle was made:", *failed])
         raise ParityError(message, report.to_dict())
     return report

@@ -20,11 +20,13 @@ from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.checkpoint.raw_state import RawState
 from motrt.model_def.checkpoint.sniff import kind_of, open_raw, weight_files
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.health import diagnose, scan
 from motrt.model_def.parameters import num_parameters_read, parameters
 from motrt.model_def.signature import DTYPE_OF_PRECISION
-from motrt.runtime.bundle import Bundle, open_bundle, sha256_of
+from motrt.runtime.bundle import Bundle, Manifest, open_bundle, sha256_of
+from motrt.runtime.engine_record import record_of
 
 WHY_NO_CONFIGURATION = {
     "mot": f"no configuration: a training state does not say its own sizes, and no {META_PARAMS} lies beside it",
@@ -134,10 +136,29 @@ def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
         "health": _health(bundle.config, read, sizes["total_bytes"], steps),
         "signature": manifest.signature.to_dict(),
         "operators": dict(manifest.operators),
+        "target": manifest.target,
+        "plan": [_planned(graph, manifest) for graph in (*manifest.graphs, CANONICAL)],
+        "engines": [engine.to_dict() for engine in manifest.engines],
         "files": [{"name": name, "bytes": one.num_bytes, "sha256": one.sha256} for name, one in manifest.files.items()],
         "source": dict(manifest.source),
         "versions": dict(manifest.versions),
         "parity": None if manifest.parity is None else dict(manifest.parity),
+    }
+
+
+def _planned(graph: Graph, manifest: Manifest) -> dict[str, Any]:
+    """One graph of the plan: what it serves, the weights that it reads, and what was compiled of it."""
+    names = manifest.config.modality_names
+    engine = record_of(manifest.engines, graph)
+    read = sum(one.numel for one in graph.parameters(manifest.config) if one.part != "embedding")
+    return {
+        **graph.to_dict(),
+        "file": graph.file_name,
+        "tokens": "any" if graph.tokens is None else names[graph.tokens],
+        "predicts": "any" if graph.predicts is None else names[graph.predicts],
+        "parameters": read,
+        "engine": None if engine is None else engine.file,
+        "engine_bytes": None if engine is None else manifest.files[engine.file].num_bytes,
     }
 
 

@@ -6,9 +6,11 @@ whatever the size of the model, no pass can fold, merge or drop a weight by its 
 not use is missing by name (``onnx_check`` looks).
 """
 
+import ast
 import contextlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -190,10 +192,31 @@ def _simplify(model: ir.Model) -> None:
         common_passes.CommonSubexpressionEliminationPass(),
         common_passes.OutputFixPass(),
         common_passes.NameFixPass(),
-        common_passes.ClearMetadataAndDocStringPass(),
     )(model)
+    _name_nodes(model)
+    common_passes.ClearMetadataAndDocStringPass()(model)
     for value, placeholder in weights.items():
         value.const_value = placeholder
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Each node after the module that it came from: ``layers.3.attention.wq.text/Gemm``. Errors and profiles say it then."""
+    used: Counter[str] = Counter()
+    for node in model.graph:
+        module = _module_of(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        name = f"{module}/{node.op_type}"
+        node.name = f"{name}_{used[name]}" if used[name] else name
+        used[name] += 1
+
+
+def _module_of(scopes: str) -> str:
+    """The innermost module of PyTorch's list of scopes, whose last entry is the operation itself."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        names = []
+    modules = [name for name in names[:-1] if name and not name.startswith("_")] if isinstance(names, list) else []
+    return modules[-1] if modules else "decoder"
 
 
 def _is_fake(value: ir.Value) -> bool:

@@ -8,10 +8,18 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
-from motrt.export.steps import Advance, Steps
+from motrt.export.steps import Advance, Steps, Unit
 
 COLOURS = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "bold red", "SKIPPED": "dim"}
 
@@ -30,15 +38,15 @@ class DrawnSteps(Steps):
         self.console = console
 
     @contextmanager
-    def drawn(self, title: str, total_bytes: int | None) -> Iterator[Advance]:
+    def drawn(self, title: str, total: int | None, unit: Unit) -> Iterator[Advance]:
         """A bar that is gone when the step is done; the line that stays says how long it took. No bar in a file."""
         started = time.perf_counter()
         columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        if total_bytes:
-            columns[2:2] = [BarColumn(), DownloadColumn()]
+        if total:
+            columns[2:2] = [BarColumn(), DownloadColumn() if unit == "bytes" else TaskProgressColumn()]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            task = bars.add_task(title, total=total_bytes)
-            yield lambda num_bytes: bars.advance(task, num_bytes)
+            task = bars.add_task(title, total=total)
+            yield lambda count: bars.advance(task, count)
         self.console.print(f"[dim]{escape(title)}: {time.perf_counter() - started:.1f} s[/dim]")
 
 
@@ -68,7 +76,7 @@ def size(num_bytes: float) -> str:
 
 
 def parity_table(report: Mapping[str, Any]) -> Table:
-    """Every finding of a parity report, with the figures that people look at."""
+    """Every finding of a parity report, with the figures that people look at; of derived graphs, what is not simply well."""
     made = Table(
         title=f"{report['backend']} against {report['reference']}",
         title_justify="left",
@@ -81,7 +89,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     made.add_column("relative L2", justify="right")
     made.add_column("limit", justify="right")
     made.add_column("detail", overflow="fold")
-    for one in report["findings"]:
+    for one in _gathered_by_graph(report["findings"]):
         figures, colour = one["figures"], COLOURS[one["outcome"]]
         made.add_row(
             one["rung"],
@@ -92,6 +100,26 @@ def parity_table(report: Mapping[str, Any]) -> Table:
             escape(printable(one["detail"] or _more(figures))),
         )
     return made
+
+
+def _gathered_by_graph(findings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A derived graph's passed questions as one line a rung, with the worst figure; everything else as it is."""
+    lines: list[Mapping[str, Any]] = []
+    passed: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for one in findings:
+        if one["graph"] == "model":
+            lines.append(one)
+        elif one["outcome"] == "PASS":
+            passed.setdefault((one["graph"], one["rung"]), []).append(one["figures"])
+        else:
+            lines.append({**one, "question": f"{one['graph']}: {one['question']}"})
+    for (graph, rung), figures in passed.items():
+        compared = [one for one in figures if "relative_l2_max" in one]
+        worst = max(compared, key=lambda one: float(one["relative_l2_max"])) if compared else {}
+        shown = {name: worst[name] for name in ("relative_l2_max", "limit") if name in worst}
+        question = f"{graph}: {len(figures)} questions"
+        lines.append({"rung": rung, "question": question, "outcome": "PASS", "detail": "", "figures": shown})
+    return lines
 
 
 def _short(value: Any) -> str:
@@ -160,6 +188,9 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
     if "operators" in found:
         counts = sorted(found["operators"].items(), key=lambda one: (-one[1], one[0]))
         made.append(table("operators", [""], [(", ".join(f"{count} {name}" for name, count in counts),)]))
+    if len(found.get("plan", ())) > 1:
+        made.append(_plan_table(found["plan"]))
+    made += [_engine_table(one) for one in found.get("engines", ())]
     if "inputs" in found or "signature" in found:
         made.append(_signature(found.get("signature", found)))
     if "tensors" in found:
@@ -173,6 +204,38 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
             files.append((f"the checkpoint that it was made of\n{found['source']['sha256']}", ""))
         made.append(table("files", ["name and sha256", "size>"], files))
     return made
+
+
+def _plan_table(plan: Sequence[Mapping[str, Any]]) -> Table:
+    """The graphs, most special first: a pass takes the first that serves it."""
+    rows = [
+        (
+            one["name"],
+            one["tokens"],
+            one["predicts"],
+            f"{one['parameters']:,}",
+            one["engine"] or one["file"],
+            "" if one["engine_bytes"] is None else size(one["engine_bytes"]),
+        )
+        for one in plan
+    ]
+    return table("plan", ["graph", "tokens", "predicts", "weights read>", "runs as", "size>"], rows)
+
+
+def _engine_table(engine: Mapping[str, Any]) -> Table:
+    ranges = [(dim, f"{least} to {most}, best {best}") for dim, (least, best, most) in engine["ranges"].items()]
+    layers = ", ".join(f"{count} {kind}" for kind, count in engine["layers"].items())
+    parity = engine["parity"]["verdict"] if engine["parity"] else "not verified on a GPU"
+    rows = [
+        ("built by", f"{engine['flavour']}, {', '.join(f'{name} {one}' for name, one in engine['versions'].items())}"),
+        ("for", ", ".join(engine["compute_capabilities"]) or "every GPU that the flavour supports"),
+        ("built on", engine["gpu"] or "a machine without a GPU"),
+        *ranges,
+        ("layers", layers),
+        ("seconds", f"{engine['seconds']:.1f}"),
+        ("parity", parity),
+    ]
+    return table(f"engine {engine['file']}", ["", ""], rows)
 
 
 def _overview(found: Mapping[str, Any]) -> Table:

@@ -4,10 +4,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
+Unit = Literal["bytes", "parts"]
 
 
 class Steps:
@@ -21,16 +23,16 @@ class Steps:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, title: str, total_bytes: int | None = None) -> Iterator[Advance]:
-        """One step; yields a function that is told the bytes done."""
+    def step(self, title: str, total: int | None = None, unit: Unit = "bytes") -> Iterator[Advance]:
+        """One step of ``total`` units, where that is known; yields a function that is told how many more are done."""
         logger.info("%s ...", title)
         started = time.perf_counter()
-        with self.drawn(title, total_bytes) as advance:
+        with self.drawn(title, total, unit) as advance:
             yield advance
         self.seconds[title] = time.perf_counter() - started
         logger.info("%s: %.1f s", title, self.seconds[title])
 
     @contextmanager
-    def drawn(self, title: str, total_bytes: int | None) -> Iterator[Advance]:
+    def drawn(self, title: str, total: int | None, unit: Unit) -> Iterator[Advance]:
         """What people see of a step; nothing here."""
-        yield lambda num_bytes: None
+        yield lambda count: None

@@ -15,7 +15,9 @@ from typing import Any
 
 from motrt.errors import BundleError, ConfigError, raise_all
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import TARGETS, Graph, Target
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
+from motrt.runtime.engine_record import EngineRecord
 
 # Bump when an older runtime could misread the folder.
 FORMAT_VERSION = 1
@@ -47,7 +49,10 @@ class Manifest:
         source: where the checkpoint lay (``path``) and its ``sha256``.
         versions: of the packages that made the bundle.
         parity: the gate's report (``verdict`` and figures), or None where it was not run.
-        operators: how many of each operator the graph holds.
+        operators: how many of each operator the canonical graph holds.
+        target: what the bundle was made for.
+        graphs: those derived of the canonical graph, most special first.
+        engines: what was compiled of them.
     """
 
     config: ModelConfig
@@ -57,6 +62,9 @@ class Manifest:
     versions: Mapping[str, str]
     parity: Mapping[str, Any] | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
+    target: Target = "onnx"
+    graphs: tuple[Graph, ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
 
     @property
     def signature(self) -> Signature:
@@ -73,6 +81,9 @@ class Manifest:
             "source": dict(self.source),
             "versions": dict(self.versions),
             "operators": dict(self.operators),
+            "target": self.target,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "engines": [engine.to_dict() for engine in self.engines],
             "parity": None if self.parity is None else dict(self.parity),
         }
 
@@ -194,22 +205,42 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
                 f"{folder} keeps graph contract {contract} and this motrt speaks up to {CONTRACT_VERSION}: "
                 "upgrade motrt, or export it again"
             )
+        config = ModelConfig.from_dict(values["config"])
         manifest = Manifest(
-            config=ModelConfig.from_dict(values["config"]),
+            config=config,
             precision=values["precision"],
             files={name: FileRecord(int(one["bytes"]), str(one["sha256"])) for name, one in values["files"].items()},
             source={name: str(values["source"][name]) for name in ("path", "sha256")},
             versions=dict(values["versions"]),
             parity=None if values["parity"] is None else dict(values["parity"]),
             operators=dict(values.get("operators", {})),
+            target=values.get("target", "onnx"),
+            graphs=tuple(Graph.from_dict(one, config) for one in values.get("graphs", ())),
+            engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),
         )
+        if manifest.target not in TARGETS:
+            raise BundleError(f"{folder} is made for {manifest.target!r}, which this motrt does not know: upgrade motrt")
         if manifest.signature.to_dict() != values["signature"]:
             raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:
         raise BundleError(f"{folder / MANIFEST_FILE} is no manifest of this version ({failure}): export again") from None
-    needed = [name for name in (MODEL_FILE, WEIGHTS_FILE) if name not in manifest.files]
+    wanted = [MODEL_FILE, WEIGHTS_FILE, *(graph.file_name for graph in manifest.graphs)]
+    needed = [name for name in (*wanted, *(one.file for one in manifest.engines)) if name not in manifest.files]
     raise_all(BundleError, f"{folder / MANIFEST_FILE} is not whole; export the bundle again. It names no:", needed)
+    raise_all(BundleError, f"{folder / MANIFEST_FILE} contradicts itself; export the bundle again:", _engine_problems(manifest))
     return manifest
+
+
+def _engine_problems(manifest: Manifest) -> list[str]:
+    """An engine must be of a graph of this bundle, and of the very file that lies here."""
+    onnx_hashes = {graph.name: manifest.files[graph.file_name].sha256 for graph in manifest.graphs}
+    problems = []
+    for engine in manifest.engines:
+        if onnx_hashes.get(engine.graph) != engine.onnx_sha256:
+            problems.append(f"{engine.file} was built of another graph than {engine.graph}")
+        if manifest.files[engine.file].sha256 != engine.sha256:
+            problems.append(f"{engine.file} has two hashes")
+    return problems
 
 
 def _size_problem(folder: Path, name: str, record: FileRecord) -> str | None:

@@ -50,6 +50,7 @@ class Session(ABC):
         precision: of weights and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
         tokenizer: turns text into ids and back; None where the bundle carries none.
         smallest_capacity: positions of the smallest cache; the model's maximum where its graphs know no other.
+        longest_pass: new tokens per row that one pass of ``prefill`` takes, where nothing else is said.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class Session(ABC):
     precision: str
     tokenizer: "Tokenizer | None" = None
     smallest_capacity = SMALLEST_CAPACITY
+    longest_pass = PREFILL_CHUNK
 
     # What a backend writes: four small methods.
 
@@ -144,7 +146,7 @@ class Session(ABC):
         next_modality: str | Sequence[str],
         *,
         modality_mask: Sequence[Sequence[int]] | None = None,
-        chunk_size: int = PREFILL_CHUNK,
+        chunk_size: int | None = None,
     ) -> tuple[Logits, KVCache]:
         """Read prompts, of different lengths and modalities if need be, into a new cache.
 
@@ -153,7 +155,7 @@ class Session(ABC):
             next_modality: the modality predicted behind the prompts' ends: one name for all rows, or one per row.
             modality_mask: per row the modality of each id, for callers who keep one: it must agree with the ids, which
                 say it by themselves.
-            chunk_size: most new tokens per row in one pass.
+            chunk_size: most new tokens per row in one pass; None: as many as the backend likes.
 
         Returns:
             Logits [b, v] at each prompt's end, and the cache.
@@ -166,6 +168,7 @@ class Session(ABC):
         rows = check_prompts(prompts, self.config)
         if modality_mask is not None:
             self._check_mask(rows, modality_mask)
+        chunk_size = self.longest_pass if chunk_size is None else chunk_size
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise InputError(f"chunk_size must be a whole number of at least 1 ({chunk_size!r} came)")
         predicted = self._modality_indices(next_modality, len(rows))

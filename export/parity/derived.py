@@ -5,6 +5,7 @@ in a session. So every scenario mixes both over one cache, which proves that the
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -84,4 +85,4 @@ def use_finding(graph: Graph, num_passes: int) -> Finding:
 
 def named_for(graph: Graph, findings: Sequence[Finding]) -> list[Finding]:
     """The same findings, saying which graph they are of."""
-    return [Finding(one.rung, f"{graph.name}: {one.question}", one.outcome, one.detail, one.figures) for one in findings]
+    return [replace(one, graph=graph.name) for one in findings]

@@ -26,6 +26,7 @@ class Finding:
         outcome: the answer.
         detail: the sentence that goes with it: what differs and where, or why it was not asked.
         figures: numbers behind it, by name.
+        graph: the graph of the plan that was asked.
     """
 
     rung: str
@@ -33,10 +34,15 @@ class Finding:
     outcome: Outcome
     detail: str = ""
     figures: Mapping[str, float | int | str] = field(default_factory=dict)
+    graph: str = "model"
+
+    def __str__(self) -> str:
+        return f"{self.rung} {self.question}{'' if self.graph == 'model' else f' ({self.graph})'}: {self.detail}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "rung": self.rung,
+            "graph": self.graph,
             "question": self.question,
             "outcome": self.outcome.value,
             "detail": self.detail,

@@ -139,7 +139,7 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
 
 def _observe_prefill(session: Session, scenario: Scenario, cache: KVCache) -> list[Observation]:
     longest = max(scenario.num_prompt)
-    width = scenario.chunk_size or longest
+    width = min(scenario.chunk_size or longest, session.longest_pass)
     phase = "prefill" if scenario.chunk_size is None else "chunked prefill"
     found = []
     for start in range(0, longest, width):

@@ -16,7 +16,7 @@ from motrt.export import bundle_from_checkpoint
 from motrt.export.bundle_from_checkpoint import export_bundle, verify_bundle
 from motrt.export.onnx_check import check_onnx
 from motrt.export.parity.findings import Outcome
-from motrt.export.steps import Advance, Steps
+from motrt.export.steps import Advance, Steps, Unit
 from motrt.model_def.checkpoint.native import write_checkpoint
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
 from motrt.model_def.head_surgery import with_head
@@ -249,8 +249,8 @@ class Interrupted(Steps):
         self.title, self.failure = title, failure
 
     @contextmanager
-    def drawn(self, title: str, total_bytes: int | None) -> Iterator[Advance]:
-        yield lambda num_bytes: None
+    def drawn(self, title: str, total: int | None, unit: Unit) -> Iterator[Advance]:
+        yield lambda count: None
         if title == self.title:
             raise self.failure
 

@@ -1,0 +1,113 @@
+"""The little of CUDA that sessions need: memory, one stream, copies, and recorded graphs. Over polygraphy's binding, not torch.
+
+One file, so that a session can be examined on a machine without a GPU by giving it a device of another kind.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from motrt.errors import BackendError
+
+_CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on allocating
+
+
+class DeviceBuffer:
+    """Memory of a device, freed when nobody holds it."""
+
+    def __init__(self, device: "CudaDevice", address: int, num_bytes: int) -> None:
+        self.device, self.address, self.num_bytes = device, address, num_bytes
+
+    def __del__(self) -> None:
+        self.device.free(self.address)
+
+
+class CudaDevice:
+    """The first GPU, and one stream on it.
+
+    Raises:
+        BackendError: when CUDA's runtime library is not to be had, or does not start.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from polygraphy import cuda
+
+            self._cuda = cuda.wrapper()
+            self.stream = int(self._cuda.create_stream())
+        except Exception as failure:  # polygraphy's own exception, or the loader's
+            raise BackendError(
+                f"CUDA's runtime library does not start ({failure}): install polygraphy, and put libcudart where the loader "
+                "finds it (the wheel nvidia-cuda-runtime brings one)"
+            ) from None
+        self._kinds = cuda.MemcpyKind
+
+    def allocate(self, num_bytes: int) -> DeviceBuffer:
+        """Zeroed memory.
+
+        Raises:
+            BackendError: when there is not so much; what was there before stays as it was.
+        """
+        try:
+            address = int(self._cuda.malloc(max(1, num_bytes)))
+        except Exception as failure:
+            free, total = self.memory()
+            raise BackendError(
+                f"the GPU has no {num_bytes / 1e9:.2f} GB left ({free / 1e9:.2f} of {total / 1e9:.2f} GB are free): take fewer "
+                "rows, or export with a smaller --max-seq-len"
+            ) from failure
+        buffer = DeviceBuffer(self, address, num_bytes)
+        self._call("cudaMemsetAsync", _pointer(address), ctypes.c_int(0), ctypes.c_size_t(num_bytes), _pointer(self.stream))
+        return buffer
+
+    def free(self, address: int) -> None:
+        self._cuda.free(address)
+
+    def memory(self) -> tuple[int, int]:
+        """Free bytes, and all."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def upload(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
+        """Copy ``values`` to the beginning of ``buffer``, in the order of the stream."""
+        data = np.ascontiguousarray(values)
+        self._cuda.memcpy(buffer.address, data.ctypes.data, data.nbytes, self._kinds.HostToDevice, self.stream)
+
+    def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
+        """Fill ``values`` from the beginning of ``buffer``; returns when they are there."""
+        self._cuda.memcpy(values.ctypes.data, buffer.address, values.nbytes, self._kinds.DeviceToHost, self.stream)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        self._cuda.stream_synchronize(self.stream)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What ``work`` puts on the stream, as one call that does it again: a CUDA graph.
+
+        Raises:
+            BackendError: when the work can not be recorded.
+        """
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cudaStreamBeginCapture", _pointer(self.stream), ctypes.c_int(_CAPTURE_THREAD_LOCAL))
+        try:
+            work()
+        finally:
+            self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
+        self._call("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call("cudaGraphDestroy", graph)
+        return lambda: self._call("cudaGraphLaunch", executable, _pointer(self.stream))
+
+    def close(self) -> None:
+        self._cuda.destroy_stream(self.stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._cuda.handle, name)(*arguments)
+        if status:
+            raise BackendError(f"CUDA failed in {name}: error {status}")
+
+
+def _pointer(address: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(address)

@@ -1,0 +1,314 @@
+"""A bundle's TensorRT engines behind the session's calls.
+
+One stream. The cache stays on the device, aliased: an engine's present is its past, as its cache-update layer demands. A pass
+uploads a few small arrays and downloads the logits that are wanted, and nothing else moves. Every engine writes the same cache,
+so a conversation goes from one to another as its modalities change.
+"""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motrt.errors import BackendError, BundleError, InputError, raise_all
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import Graph
+from motrt.model_def.signature import (
+    BATCH,
+    DTYPE_OF_PRECISION,
+    NEW_TOKENS,
+    NUM_LOGITS,
+    Signature,
+    TensorSpec,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+)
+from motrt.runtime.bundle import Bundle
+from motrt.runtime.cuda_device import CudaDevice, DeviceBuffer
+from motrt.runtime.engine_record import EngineRecord, record_of
+from motrt.runtime.gpu import Gpu, find_gpus
+from motrt.runtime.graph_choice import as_contract, choose, feed
+from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.session import Logits, Session
+from motrt.runtime.step_inputs import StepInputs
+from motrt.runtime.tensorrt_library import FLAVOURS, tensorrt_module
+
+logger = logging.getLogger(__name__)
+
+_ITEMSIZES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass
+class Cache:
+    """Keys and values of every layer on the device, in the order of the signature's past inputs.
+
+    Attributes:
+        buffers: two per layer.
+        batch_size: rows.
+        recorded: what was recorded of passes over these very buffers, by graph.
+    """
+
+    buffers: list[DeviceBuffer]
+    batch_size: int
+    recorded: dict[Graph, Callable[[], None]] = field(default_factory=dict)
+
+
+@dataclass
+class LoadedEngine:
+    """One engine, ready to run: its context, and the device memory of what is not the cache.
+
+    Attributes:
+        graph: what it was built of.
+        record: what the manifest says of it.
+        signature: its inputs and outputs.
+        context: TensorRT's execution context.
+        inputs: device memory of each small input, large enough for any pass.
+        logits: device memory of its logits.
+        bound: the cache whose addresses the context has, and the shapes that it was told.
+    """
+
+    graph: Graph
+    record: EngineRecord
+    signature: Signature
+    context: Any
+    inputs: dict[str, DeviceBuffer]
+    logits: DeviceBuffer
+    bound: tuple[Any, ...] = ()
+
+
+class TrtSession(Session):
+    """Engines of one flavour, on one GPU.
+
+    Args:
+        bundle: opened; the engines' hashes are checked here, whatever else was.
+        flavour: ``tensorrt`` or ``tensorrt-rtx``.
+        library: TensorRT's module; None: the flavour's.
+        device: where it runs; None: the first GPU.
+        gpu: what that is; None: as the driver says.
+
+    Attributes:
+        passes: how many passes each engine did, by its graph's name.
+
+    Raises:
+        BundleError: when the bundle has no such engines, or an engine is not the file that the manifest bears.
+        BackendError: when the library or a GPU is missing, or the engines are for another GPU or version: with the command that
+            builds them anew.
+    """
+
+    def __init__(
+        self, bundle: Bundle, flavour: str, library: Any = None, device: CudaDevice | None = None, gpu: Gpu | None = None
+    ) -> None:
+        records = [one for one in bundle.manifest.engines if one.flavour == flavour]
+        if not records:
+            raise BundleError(
+                f"{bundle.path} holds no engines for {flavour}: make a bundle that does with `motrt export "
+                f"{bundle.manifest.source['path']} OUT --target {flavour} --precision fp16`"
+            )
+        self._library = tensorrt_module(flavour) if library is None else library
+        here = gpu or _first_gpu()
+        self._refuse_other_machines(bundle, records, flavour, here)
+        self.config: ModelConfig = bundle.config
+        self.precision = bundle.manifest.precision
+        self.backend = f"{flavour} ({here.name})"
+        self.smallest_capacity = self.config.max_seq_len  # TensorRT knows no other
+        self._records_graphs = flavour == "tensorrt"  # the other flavour records by itself
+        self._device = CudaDevice() if device is None else device
+        self._lock = threading.Lock()  # a context does one pass at a time
+        runtime = self._library.Runtime(self._library.Logger(self._library.Logger.ERROR))
+        self._engines: dict[Graph, LoadedEngine] = {}
+        for graph in bundle.manifest.graphs:
+            record = record_of(records, graph)
+            if record is not None:
+                self._engines[graph] = self._load(bundle.path, graph, record, runtime)
+        self.passes = {graph.name: 0 for graph in self._engines}
+        self.longest_pass = max(
+            (engine.record.ranges[NEW_TOKENS].most for engine in self._engines.values() if NEW_TOKENS in engine.record.ranges),
+            default=1,
+        )
+
+    def _refuse_other_machines(self, bundle: Bundle, records: list[EngineRecord], flavour: str, gpu: Gpu) -> None:
+        versions = {FLAVOURS[flavour].module: str(self._library.__version__)}
+        problems = [
+            f"{one.file}: {problem}"
+            for one in records
+            for problem in one.differences(versions, gpu.name, gpu.compute_capability)
+        ]
+        capability = f" --compute-capability {gpu.compute_capability}" if flavour == "tensorrt-rtx" else ""
+        raise_all(
+            BackendError,
+            "these engines can not run here; build them anew with `motrt export "
+            f"{bundle.manifest.source['path']} OUT --target {flavour} --precision {bundle.manifest.precision}{capability}`:",
+            problems,
+        )
+
+    def _load(self, folder: Path, graph: Graph, record: EngineRecord, runtime: Any) -> LoadedEngine:
+        data = (folder / record.file).read_bytes()
+        # Whatever else was checked: an engine is code, and only what the manifest bears is run.
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise BundleError(f"{folder} is damaged; export it again: {record.file} is not the file that was exported")
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(
+                f"TensorRT {self._library.__version__} can not load {record.file}, though version and GPU are those of its "
+                "record: export the bundle again here"
+            )
+        signature = Signature.of(graph, self.config, DTYPE_OF_PRECISION[self.precision])
+        problems = signature.differences(*_found_specs(engine, self._library, signature))
+        raise_all(BundleError, f"{record.file} does not keep the graph contract; export the bundle again:", problems)
+        context = self._context(engine)
+        if context is None:
+            free, _ = self._device.memory()
+            raise BackendError(f"the GPU has too little memory left for {record.file} ({free / 1e9:.2f} GB are free)")
+        small = [spec for spec in signature.inputs if not spec.name.startswith("past_")]
+        return LoadedEngine(
+            graph=graph,
+            record=record,
+            signature=signature,
+            context=context,
+            inputs={spec.name: self._device.allocate(_most_bytes(spec, record)) for spec in small},
+            logits=self._device.allocate(_most_bytes(signature.logits, record)),
+        )
+
+    def _context(self, engine: Any) -> Any:
+        """An execution context; the flavour for RTX records CUDA graphs by itself where it is told to."""
+        strategies = getattr(self._library, "CudaGraphStrategy", None)
+        if strategies is None:
+            return engine.create_execution_context()
+        settings = engine.create_runtime_config()
+        settings.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(settings)
+
+    def make_buffers(self, batch_size: int, capacity: int) -> Cache:
+        for engine in self._engines.values():
+            raise_all(InputError, "the engines were not built for so many rows:", engine.record.refusals({BATCH: batch_size}))
+        itemsize = _ITEMSIZES[DTYPE_OF_PRECISION[self.precision]]
+        num_bytes = batch_size * self.config.num_kv_heads * capacity * self.config.head_size * itemsize
+        return Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)], batch_size)
+
+    def grow_buffers(self, buffers: Cache, capacity: int) -> Cache:
+        raise AssertionError("the cache has the model's maximum from the start")
+
+    def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        engine = self._engines[choose(self._engines, inputs)]
+        sizes = {BATCH: inputs.input_ids.shape[0], NEW_TOKENS: inputs.input_ids.shape[1]}
+        raise_all(InputError, f"the engine of {engine.graph.name} was not built for this pass:", engine.record.refusals(sizes))
+        with self._lock:
+            if engine.graph.is_step:
+                logits = self._pass(engine, feed(engine.graph, inputs), sizes, sizes[BATCH], cache.buffers)
+                return as_contract(engine.graph, self.config, logits, inputs)
+            return self._passes_for_rows(engine, inputs, sizes, cache.buffers)
+
+    def _passes_for_rows(self, engine: LoadedEngine, inputs: StepInputs, sizes: dict[str, int], cache: Cache) -> Logits:
+        """The pass again for each share of the wanted rows: it writes the same into the cache every time.
+
+        A pass that wants no logits (a prompt's middle) is given one row to compute all the same: engines take no fewer.
+        """
+        most, wanted = engine.record.ranges[NUM_LOGITS].most, len(inputs.logits_index)
+        logits = np.empty((wanted, self.config.vocab_size), np.float32)
+        for start in range(0, max(1, wanted), most):
+            named = feed(engine.graph, inputs)
+            for name in ("logits_index", "head_mask"):
+                named[name] = named[name][start : start + most] if wanted else np.zeros(1, np.int64)
+            count = len(named["logits_index"])
+            rows = self._pass(engine, named, {**sizes, NUM_LOGITS: count}, count, cache)
+            logits[start : start + count] = rows[: wanted - start]
+        return logits
+
+    def _pass(self, engine: LoadedEngine, named: dict[str, Any], sizes: dict[str, int], num_rows: int, cache: Cache) -> Logits:
+        """One run of ``engine``; returns the first ``num_rows`` rows of its logits."""
+        for name, values in named.items():
+            self._device.upload(engine.inputs[name], values)
+        self._bind(engine, sizes, cache)
+        again = cache.recorded.get(engine.graph)
+        if again is not None:
+            again()
+        else:
+            self._enqueue(engine)
+            if self._records_graphs and engine.graph.is_step:
+                cache.recorded[engine.graph] = self._recorded(engine)
+        logits = np.empty((num_rows, int(engine.signature.logits.dims[1])), np.float32)
+        self._device.download(engine.logits, logits)
+        self.passes[engine.graph.name] += 1
+        return logits
+
+    def _bind(self, engine: LoadedEngine, sizes: dict[str, int], cache: Cache) -> None:
+        """Tell the context shapes and addresses, where they are not those of its last pass."""
+        bound = (cache, tuple(sorted(sizes.items())))
+        if engine.bound and engine.bound[0] is cache and engine.bound[1] == bound[1]:
+            return
+        context, signature = engine.context, engine.signature
+        for spec in signature.inputs:
+            context.set_input_shape(spec.name, tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims))
+        for name, buffer in engine.inputs.items():
+            context.set_tensor_address(name, buffer.address)
+        for layer in range(self.config.num_layers):
+            for past, present, buffer in (
+                (past_key(layer), present_key(layer), cache.buffers[2 * layer]),
+                (past_value(layer), present_value(layer), cache.buffers[2 * layer + 1]),
+            ):
+                context.set_tensor_address(past, buffer.address)
+                context.set_tensor_address(present, buffer.address)
+        context.set_tensor_address(signature.logits.name, engine.logits.address)
+        engine.bound = bound
+
+    def _enqueue(self, engine: LoadedEngine) -> None:
+        if not engine.context.execute_async_v3(self._device.stream):
+            raise BackendError(f"TensorRT failed in a pass of {engine.record.file}: see what it printed")
+
+    def _recorded(self, engine: LoadedEngine) -> Callable[[], None]:
+        """The step just done, as a CUDA graph; as itself where it can not be recorded."""
+        try:
+            return self._device.record(lambda: self._enqueue(engine))
+        except BackendError as failure:
+            logger.warning("steps of %s are not recorded as a CUDA graph: %s", engine.graph.name, failure)
+            return lambda: self._enqueue(engine)
+
+    def release(self) -> None:
+        self._engines.clear()
+        self._device.close()
+
+
+def _first_gpu() -> Gpu:
+    gpus = find_gpus()
+    if gpus.first is None:
+        raise BackendError(f"engines run on an NVIDIA GPU, and {gpus.reason}: run this bundle with backend 'onnxruntime' here")
+    return gpus.first
+
+
+def _most_bytes(spec: TensorSpec, record: EngineRecord) -> int:
+    count = _ITEMSIZES[spec.dtype]
+    for dim in spec.dims:
+        count *= record.ranges[dim].most if isinstance(dim, str) else dim
+    return count
+
+
+def _found_specs(engine: Any, library: Any, signature: Signature) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The engine's own inputs and outputs; a dynamic dim is taken for the symbol that is expected there."""
+    names = {
+        library.DataType.INT64: "int64",
+        library.DataType.FLOAT: "float32",
+        library.DataType.HALF: "float16",
+        library.DataType.BF16: "bfloat16",
+    }
+    expected = {spec.name: spec.dims for spec in (*signature.inputs, *signature.outputs)}
+    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
+    for number in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(number)
+        wanted = expected.get(name, ())
+        dims = tuple(
+            wanted[axis] if size == -1 and axis < len(wanted) and isinstance(wanted[axis], str) else int(size)
+            for axis, size in enumerate(engine.get_tensor_shape(name))
+        )
+        dtype = engine.get_tensor_dtype(name)
+        is_output = engine.get_tensor_mode(name) == library.TensorIOMode.OUTPUT
+        found[is_output].append(TensorSpec(name, names.get(dtype, str(dtype)), dims))
+    order = {spec.name: place for place, spec in enumerate((*signature.inputs, *signature.outputs))}
+    inputs, outputs = (tuple(sorted(specs, key=lambda one: order.get(one.name, len(order)))) for specs in found)
+    return inputs, outputs
