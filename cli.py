@@ -37,7 +37,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_AMBIGUOUS = 1, 2, 3
 
 PRESETS = ("tiny", "small", "llama-3.2-1b", "llama-3.2-1b-text")
 DTYPES = ("float32", "bfloat16", "float16")
-PROMPT_BACKENDS = ("auto", "onnxruntime", "torch")
+PROMPT_BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "cuda", "onnxruntime", "torch")
 
 # So that a command line without a limit ends soon.
 DEFAULT_MAX_TOKENS = 64
@@ -94,6 +94,20 @@ def main() -> None:
     if threading.current_thread() is threading.main_thread():
         # Leaves as an interrupt does, so that half-written folders are removed on the way.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def tell_backends(as_json: bool) -> None:
+    from motrt.export.report import table
+    from motrt.runtime.backends import probe_all
+    from motrt.runtime.gpu import find_gpus
+
+    gpus, probes = find_gpus(), [one.to_dict() for one in probe_all()]
+    if as_json:
+        print_json({"gpus": [asdict(one) for one in gpus.found], "driver": gpus.driver, "backends": probes})
+        return
+    say(f"GPU: {', '.join(map(str, gpus.found)) or gpus.reason}")
+    rows = [(one["backend"], "yes" if one["usable"] else "no", one["detail"] or one["reason"]) for one in probes]
+    results.print(table("backends, best first", ["backend", "usable", "what runs it, or why not"], rows))
 
 
 def needs_export_packages() -> None:
@@ -210,11 +224,17 @@ def convert(
 
 
 @main.command()
-@path_argument
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--backends", is_flag=True, help="Tell which backends can be used on this machine, and why not the others.")
 @json_option
 @mends
-def inspect(path: Path, as_json: bool) -> None:
-    """Tell of a checkpoint, a bundle or an ONNX file."""
+def inspect(path: Path | None, backends: bool, as_json: bool) -> None:
+    """Tell of a checkpoint, a bundle or an ONNX file at PATH, or with --backends of this machine."""
+    if backends == (path is not None):
+        raise click.UsageError("give a PATH, or --backends")
+    if path is None:
+        tell_backends(as_json)
+        return
     needs_export_packages()
     from motrt.export.inspection import inspect as look
     from motrt.export.report import inspection_tables
@@ -228,7 +248,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 ENGINE_OPTIONS = (
-    click.option("--compute-capability", "capabilities", help="Of the GPUs that will run it: 8.9, or 8.6,8.9,12.0."),
+    click.option("--compute-capability", help="Of the GPUs that will run it: 8.9, or 8.6,8.9,12.0."),
     click.option("--batch", help="Rows: LEAST,BEST,MOST, or one number.  [default: 1,1,8]"),
     click.option("--prefill-tokens", help="Prompt ids of one pass: LEAST,BEST,MOST.  [default: 1,128,512]"),
     click.option("--workspace", type=click.FloatRange(min=0, min_open=True), help="Most scratch memory of a layer, in GB."),
@@ -255,7 +275,7 @@ def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
         if said:
             raise click.UsageError(f"{', '.join(said)}: for --target tensorrt and tensorrt-rtx alone")
         return None
-    capabilities = [part.strip() for part in (given["capabilities"] or "").split(",") if part.strip()]
+    capabilities = [part.strip() for part in (given["compute_capability"] or "").split(",") if part.strip()]
     sizes = Sizes(
         parse_range(given["batch"]) if given["batch"] else USUAL_BATCH,
         parse_range(given["prefill_tokens"]) if given["prefill_tokens"] else USUAL_NEW_TOKENS,
@@ -338,16 +358,15 @@ def export(
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What it was made of; found by itself where it lay.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime"]),
-    default="auto",
+    type=click.Choice(["onnxruntime", "cuda", "tensorrt", "tensorrt-rtx"]),
+    default="onnxruntime",
     show_default=True,
-    expose_value=False,
-    help="What to examine; the report names what ran.",
+    help="What to examine: every graph on the CPU, the graphs on a GPU, or the engines.",
 )
 @click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
 @json_option
 @mends
-def verify(bundle: Path, checkpoint: Path | None, threads: int, as_json: bool) -> None:
+def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as_json: bool) -> None:
     """Climb the parity ladder with BUNDLE, every byte of it checked first.
 
     Exit code 0 PASS, 1 FAIL or a damaged bundle, 2 usage (also where the checkpoint is not to be had or nothing here runs the
@@ -358,7 +377,7 @@ def verify(bundle: Path, checkpoint: Path | None, threads: int, as_json: bool) -
     from motrt.export.report import parity_table, verdict_line
 
     try:
-        report = verify_bundle(bundle, checkpoint, drawn_steps(), threads).to_dict()
+        report = verify_bundle(bundle, checkpoint, drawn_steps(), threads, backend).to_dict()
     except (CheckpointError, BackendError) as failure:
         tell_failure(type(failure).__name__, str(failure), {"as_json": as_json}, {})
         sys.exit(EXIT_USAGE)

@@ -19,7 +19,7 @@ from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_op
 from motrt.export.onnx_check import check_onnx
 from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
 from motrt.export.parity.findings import Outcome, Report
-from motrt.export.parity.gate import Subject, climb
+from motrt.export.parity.gate import Subject, climb, climb_session
 from motrt.export.steps import Advance, Steps
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
@@ -41,7 +41,7 @@ from motrt.runtime.bundle import (
     write_manifest,
 )
 from motrt.runtime.engine_record import EngineRecord
-from motrt.runtime.load import read_tokenizer, source_of
+from motrt.runtime.load import open_session, read_tokenizer, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -196,15 +196,23 @@ def _engine_options(target: Target, options: EngineOptions | None) -> EngineOpti
 
 
 def verify_bundle(
-    path: str | Path, checkpoint_path: str | Path | None = None, steps: Steps | None = None, num_threads: int = 0
+    path: str | Path,
+    checkpoint_path: str | Path | None = None,
+    steps: Steps | None = None,
+    num_threads: int = 0,
+    backend: str = "onnxruntime",
 ) -> Report:
     """Climb the parity ladder with a finished bundle, every byte of it read first.
+
+    Backends on a GPU are compared with PyTorch on the same GPU; P1 and the laws that replace weights are asked of the graphs
+    alone, on the CPU.
 
     Args:
         path: the bundle.
         checkpoint_path: what it was made of; None: where the manifest says that lay.
         steps: told of progress.
         num_threads: onnxruntime's; 0: one per core.
+        backend: ``onnxruntime`` (every graph, on the CPU), ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
 
     Raises:
         BundleError: for a bundle that is damaged.
@@ -215,7 +223,8 @@ def verify_bundle(
     total = sum(one.stat().st_size for one in Path(path).iterdir()) if Path(path).is_dir() else 0
     with steps.step("hash the bundle", total) as advance:
         bundle = open_bundle(path, "hash", advance)
-    _refuse_what_can_not_be(bundle.manifest.precision, verify=True)
+    if backend == "onnxruntime":
+        _refuse_what_can_not_be(bundle.manifest.precision, verify=True)
     checkpoint = open_checkpoint(source_of(bundle) if checkpoint_path is None else checkpoint_path)
     with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
         came = checkpoint.sha256(advance)
@@ -225,6 +234,8 @@ def verify_bundle(
             "name the right one with --checkpoint, or export again"
         )
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    if backend != "onnxruntime":
+        return climb_session(lambda: open_session(bundle, backend, num_threads), bundle.config, checkpoint, steps, files)
     subject = Subject(bundle.model_path, bundle.config, bundle.manifest.precision, files, bundle.manifest.graphs)
     return climb(subject, checkpoint, steps, num_threads)
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ENGINE_PRECISIONS = ("fp16", "bf16")
 
 # The builder holds the parsed weights, its own copy and the serialised engine. Measured: see docs/tensorrt.md.
-HOST_BYTES_PER_WEIGHT_BYTE, HOST_BYTES_BESIDE = 3.0, 1 << 30
+HOST_BYTES_PER_WEIGHT_BYTE, HOST_BYTES_BESIDE = 3.25, 1 << 30
 
 # Beside its weights an engine holds kernels or their sources, and shapes.
 LARGEST_BYTES_BESIDE_WEIGHTS = 64 << 20

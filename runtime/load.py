@@ -1,18 +1,25 @@
 """From a path to a session: which backend runs what lies there."""
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from motrt.errors import BackendError, BundleError, CheckpointError, InputError
+from motrt.model_def.graph import CANONICAL
+from motrt.runtime.backends import ORDER, probe
 from motrt.runtime.bundle import Bundle, is_bundle, open_bundle
+from motrt.runtime.gpu import find_gpus
 from motrt.runtime.session import Session
+from motrt.runtime.tensorrt_library import FLAVOURS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BACKENDS = ("auto", "onnxruntime", "torch")
+BACKENDS = ("auto", *ORDER)
 
 MOST_THREADS = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -26,8 +33,9 @@ def load(
 
     Args:
         path: a bundle's folder; for ``backend="torch"`` also a checkpoint's.
-        backend: ``auto`` takes onnxruntime for a bundle and torch for a checkpoint; ``onnxruntime`` runs on the CPU;
-            ``torch`` is the reference, from the bundle's source checkpoint.
+        backend: ``auto`` takes the best that a known-answer run finds usable here and the bundle is made for (and torch for a
+            checkpoint); ``tensorrt`` and ``tensorrt-rtx`` run the bundle's engines, ``cuda`` its graphs in onnxruntime on a
+            GPU, ``onnxruntime`` on the CPU; ``torch`` is the reference, from the bundle's source checkpoint.
         check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded.
         num_threads: for products; 0: one per core. Ignored by torch.
         checkpoint: what the bundle was made of, for ``torch``; None: where the manifest says it lay.
@@ -54,7 +62,61 @@ def load(
     if backend == "torch":
         session, tokenizer = _torch_session(Path(checkpoint) if checkpoint is not None else source_of(bundle), bundle)
         return _with_tokenizer(session, bundle.tokenizer_path or tokenizer)
-    return _with_tokenizer(onnx_session(bundle, num_threads), bundle.tokenizer_path)
+    session = best_session(bundle, num_threads) if backend == "auto" else open_session(bundle, backend, num_threads)
+    return _with_tokenizer(session, bundle.tokenizer_path)
+
+
+def best_session(bundle: Bundle, num_threads: int = 0) -> Session:
+    """The best backend that can be used here and that the bundle is made for, without its tokenizer.
+
+    What was passed over, and why, is logged.
+
+    Raises:
+        BackendError: where there is none, with every reason.
+    """
+    reasons = []
+    for name in ORDER[: ORDER.index("onnxruntime")]:
+        reason = why_not(bundle, name)
+        if not reason:
+            try:
+                return open_session(bundle, name, num_threads)
+            except BackendError as failure:
+                reason = str(failure)
+        logger.info("%s is passed over: %s", name, reason)
+        reasons.append(f"{name}: {reason}")
+    try:
+        return open_session(bundle, "onnxruntime", num_threads)
+    except BackendError as failure:
+        if find_gpus().first is None:  # then the reasons above are one, and not why
+            raise
+        raise BackendError("\n  - ".join([f"no backend runs {bundle.path} here:", *reasons, str(failure)])) from failure
+
+
+def why_not(bundle: Bundle, backend: str) -> str:
+    """Why ``backend`` can not run ``bundle`` here; empty where nothing speaks against it."""
+    flavours = {one.flavour for one in bundle.manifest.engines}
+    if backend in FLAVOURS and backend not in flavours:
+        return f"the bundle holds no engines for it (motrt export --target {backend} makes some)"
+    return probe(backend).reason
+
+
+def open_session(bundle: Bundle, backend: str, num_threads: int = 0) -> Session:
+    """``bundle`` in one backend other than torch, without its tokenizer.
+
+    Raises:
+        BackendError: when it can not be used here, or not for this bundle.
+        BundleError: when graph or engine is not the one that the manifest describes.
+    """
+    if backend in FLAVOURS:
+        from motrt.runtime.trt_session import TrtSession
+
+        return TrtSession(bundle, backend)
+    if backend == "cuda":
+        reason = probe("cuda").reason
+        if reason:
+            raise BackendError(f"onnxruntime can not run on a GPU here: {reason}")
+        return onnx_session(bundle, num_threads, "cuda")
+    return onnx_session(bundle, num_threads)
 
 
 def source_of(bundle: Bundle) -> Path:
@@ -72,8 +134,8 @@ def source_of(bundle: Bundle) -> Path:
     return source
 
 
-def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
-    """The bundle's graph in onnxruntime on the CPU, without its tokenizer.
+def onnx_session(bundle: Bundle, num_threads: int = 0, device: Literal["cpu", "cuda"] = "cpu") -> Session:
+    """The bundle's graphs in onnxruntime, without its tokenizer: on the CPU the canonical one, which serves every mix.
 
     Raises:
         BackendError: when onnxruntime is not installed or can not run the graph.
@@ -81,11 +143,12 @@ def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
     """
     from motrt.runtime.onnx_session import OnnxSession
 
-    if bundle.manifest.precision == "bf16":
+    if bundle.manifest.precision == "bf16" and device == "cpu":
         raise BackendError(
             "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"
         )
-    session = OnnxSession(bundle.model_path, bundle.config, num_threads)
+    steps = [graph for graph in bundle.manifest.graphs if graph.is_step] if device == "cuda" else []
+    session = OnnxSession(bundle.model_path, bundle.config, num_threads, graphs=(*steps, CANONICAL), device=device)
     if session.precision != bundle.manifest.precision:
         session.close()
         raise BundleError(f"the graph is {session.precision} and the manifest says {bundle.manifest.precision}: export again")

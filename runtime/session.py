@@ -50,6 +50,7 @@ class Session(ABC):
         precision: of weights and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
         tokenizer: turns text into ids and back; None where the bundle carries none.
         smallest_capacity: positions of the smallest cache; the model's maximum where its graphs know no other.
+        most_rows: of a batch; None: as many as memory holds.
         longest_pass: new tokens per row that one pass of ``prefill`` takes, where nothing else is said.
     """
 
@@ -59,6 +60,7 @@ class Session(ABC):
     tokenizer: "Tokenizer | None" = None
     smallest_capacity = SMALLEST_CAPACITY
     longest_pass = PREFILL_CHUNK
+    most_rows: int | None = None
 
     # What a backend writes: four small methods.
 

@@ -128,6 +128,7 @@ class TrtSession(Session):
             if record is not None:
                 self._engines[graph] = self._load(bundle.path, graph, record, runtime)
         self.passes = {graph.name: 0 for graph in self._engines}
+        self.most_rows = min(engine.record.ranges[BATCH].most for engine in self._engines.values())
         self.longest_pass = max(
             (engine.record.ranges[NEW_TOKENS].most for engine in self._engines.values() if NEW_TOKENS in engine.record.ranges),
             default=1,

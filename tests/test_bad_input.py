@@ -428,7 +428,8 @@ def test_a_package_that_is_not_installed(
 
 
 EXPORT_SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 from motrt.export import bundle_from_checkpoint as export
 def slow(*arguments):
     print("writing", flush=True)

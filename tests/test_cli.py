@@ -160,6 +160,7 @@ def test_verifys_exit_code_is_its_verdict(
         def to_dict(self) -> dict[str, Any]:
             finding: dict[str, Any] = {
                 "rung": "P4",
+                "graph": "model",
                 "question": "agreement",
                 "outcome": verdict.value,
                 "detail": "so it is",
@@ -269,7 +270,7 @@ def test_a_stop_id_ends_a_generation(proven: Path) -> None:
         (("export", "a", "b", "--precision", "int4"), "'int4' is not one of"),
         (("export", "a", "b", "--max-seq-len", "0"), "--max-seq-len"),
         (("verify", "b", "--backend", "abacus"), "'abacus' is not one of"),
-        (("inspect",), "Missing argument 'PATH'"),
+        (("inspect",), "give a PATH, or --backends"),
         (("fly",), "No such command 'fly'"),
     ],
 )
@@ -338,3 +339,27 @@ def test_verify_without_its_checkpoint_is_usage_and_not_a_failed_proof(proven: P
 
 def test_each_step_leaves_a_line_where_there_is_no_terminal(proven: Path) -> None:
     assert "hash the bundle: " in run("verify", proven / "bundle").stderr
+
+
+def test_inspect_tells_which_backends_this_machine_has() -> None:
+    from motrt.runtime.backends import ORDER
+
+    told = run_json("inspect", "--backends")
+    assert [one["backend"] for one in told["backends"]] == list(ORDER)
+    assert next(one for one in told["backends"] if one["backend"] == "onnxruntime")["usable"]
+    shown = run("inspect", "--backends").stdout
+    assert "what runs it, or why not" in shown and "GPU: " in shown
+
+
+def test_generate_offers_the_backends_that_load_knows() -> None:
+    from motrt.cli import PROMPT_BACKENDS
+    from motrt.runtime.load import BACKENDS
+
+    assert PROMPT_BACKENDS == BACKENDS
+
+
+@pytest.mark.parametrize("option", [("--batch", "2"), ("--version-compatible",), ("--compute-capability", "8.9")])
+def test_options_for_engines_need_a_target_that_has_engines(option: tuple[str, ...], proven: Path, tmp_path: Path) -> None:
+    result = run("export", proven / "model", tmp_path / "b", *option)
+    said = f"{option[0]}: for --target tensorrt and tensorrt-rtx alone"
+    assert result.exit_code == 2 and said in result.stderr

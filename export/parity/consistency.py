@@ -12,7 +12,7 @@ from motrt.errors import BackendError
 from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.generation import greedy, near_tie_margin
 from motrt.export.parity.metrics import RowDifference, compare_rows
-from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
+from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios, with_fewer_rows
 from motrt.export.parity.tolerances import relative_l2_limit
 from motrt.runtime.kv_cache import SMALLEST_CAPACITY
 from motrt.runtime.session import Session
@@ -30,7 +30,7 @@ def consistency_findings(session: Session, one_row: Scenario | None = None, batc
         one_row: where the row that is read in every way comes from; None: one that changes at every position.
         batch: rows that are read together and alone; None: ragged, of all modalities.
     """
-    batch = batch or scenarios(session.config, seed=2)[-1]
+    batch = with_fewer_rows(batch or scenarios(session.config, seed=2)[-1], session.most_rows)
     row = (one_row or scenarios(session.config, seed=3)[-2]).rows[0]
     row = row[: min(len(row), NUM_POSITIONS + 1)]
     whole = observe(session, _read(row, len(row) - 1))

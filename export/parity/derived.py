@@ -77,7 +77,7 @@ def _has_step_of(graph: Graph, scenario: Scenario, config: ModelConfig) -> bool:
     )
 
 
-def use_finding(graph: Graph, num_passes: int) -> Finding:
+def use_finding(num_passes: int) -> Finding:
     """A graph that no pass went through was not examined at all."""
     problems = [] if num_passes else ["no pass went through it: nothing above says anything of it"]
     return judged("P4", "it did the passes that it is there for", problems, positions=num_passes)

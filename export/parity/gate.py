@@ -5,13 +5,14 @@ replace weights (P3) a second session stands beside the first.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
 from motrt.export.parity.consistency import consistency_findings
@@ -20,7 +21,7 @@ from motrt.export.parity.derived import derived_contract_findings, named_for, ow
 from motrt.export.parity.findings import Finding, Report
 from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
 from motrt.export.parity.routing_laws import absence_finding, law_findings, swap_finding
-from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
+from motrt.export.parity.scenarios import NUM_DECODE_STEPS, Observation, Scenario, observe, scenarios, with_fewer_rows
 from motrt.export.steps import Steps
 from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.native import Checkpoint
@@ -33,6 +34,9 @@ from motrt.runtime.session import Session
 from motrt.runtime.torch_session import TorchSession
 
 Weight = np.ndarray[Any, Any]
+
+# On a GPU steps are cheap, and errors of half precision have further to travel.
+NUM_GPU_STEPS = 64
 
 # Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
 LARGEST_FLOAT64_REFERENCE = 10_000_000
@@ -119,23 +123,64 @@ def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_th
         compared = compare(session, [(scenario, said) for scenario, said in expected.scenarios if scenario in wanted])
         findings += agreement_findings(session, compared)
         findings += generation_findings(session, expected.plans, noise_of(compared))
-        return [*findings, use_finding(graph, session.passes[graph.name])]
+        return [*findings, use_finding(session.passes[graph.name])]
 
 
-def reference(config: ModelConfig, checkpoint: Checkpoint) -> Expectation:
+def climb_session(
+    open_it: Callable[[], Session], config: ModelConfig, checkpoint: Checkpoint, steps: Steps, files: Mapping[str, str]
+) -> Report:
+    """P2 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
+
+    Args:
+        open_it: opens what is examined; once to see that it can be, and again when the reference is gone.
+        config: what it computes.
+        checkpoint: what it was made of.
+        steps: told of progress.
+        files: sha256 by name of the files examined, for the report.
+    """
+    started = time.perf_counter()
+    with steps.step("open what is examined"), open_it() as session:
+        most_rows = session.most_rows
+    with steps.step("reference in PyTorch"):
+        expected = reference(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", NUM_GPU_STEPS, most_rows)
+    with open_it() as session:
+        with steps.step("P2 self-consistency"):
+            findings = consistency_findings(session)
+        with steps.step("P3 routing laws"):
+            findings += law_findings(session)
+        with steps.step("P4 agreement with the reference"):
+            compared = compare(session, expected.scenarios)
+            findings += agreement_findings(session, compared)
+        with steps.step("P5 generation"):
+            findings += generation_findings(session, expected.plans, noise_of(compared))
+        passes: Mapping[str, int] = getattr(session, "passes", {})
+        findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
+        backend = session.backend
+    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files)
+
+
+def reference(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: str = "cpu",
+    num_steps: int = NUM_DECODE_STEPS,
+    most_rows: int | None = None,
+) -> Expectation:
     """Ask the PyTorch decoder everything, then let go of it."""
     size = sum(parameter.numel for parameter in parameters(config))
     precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
     # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
-    with TorchSession.open(checkpoint, precision, max_seq_len=config.max_seq_len) as session:
-        return ask(session)
+    with TorchSession.open(checkpoint, precision, device, config.max_seq_len) as session:
+        return ask(session, num_steps, most_rows)
 
 
-def ask(session: Session) -> Expectation:
+def ask(session: Session, num_steps: int = NUM_DECODE_STEPS, most_rows: int | None = None) -> Expectation:
     """Everything that P4 and P5 will want to know."""
+    wanted = [with_fewer_rows(one, most_rows) for one in scenarios(session.config, num_steps=num_steps)]
     return Expectation(
         name=f"{session.backend}, {session.precision}",
-        scenarios=tuple((scenario, observe(session, scenario)) for scenario in scenarios(session.config)),
+        scenarios=tuple((scenario, observe(session, scenario)) for scenario in wanted),
         plans=tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(session.config)),
     )
 

@@ -5,7 +5,7 @@ token at a time, and the logits of every real position are kept: of each, it is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,9 @@ class Observation:
     leaked: int
 
 
-def scenarios(config: ModelConfig, seed: int = 0) -> tuple[Scenario, ...]:
+def scenarios(config: ModelConfig, seed: int = 0, num_steps: int = NUM_DECODE_STEPS) -> tuple[Scenario, ...]:
     """Each modality alone, runs of all with change-overs, every position another, chunks, and a ragged mixed batch."""
-    make = _Maker(config, seed)
+    make = _Maker(config, seed, num_steps)
     count = len(config.modalities)
     found = [make.scenario(f"{one.name} alone", [[index]]) for index, one in enumerate(config.modalities)]
     if count == 1:
@@ -90,14 +90,19 @@ def pattern_scenarios(config: ModelConfig, pattern: Sequence[int], seed: int = 3
     return make.scenario("one row", [pattern]), make.scenario("ragged batch", [pattern] * 3, ragged=True)
 
 
+def with_fewer_rows(scenario: Scenario, most: int | None) -> Scenario:
+    """The first ``most`` rows, for a backend that takes no more; all of them where None."""
+    return replace(scenario, rows=scenario.rows[:most], num_prompt=scenario.num_prompt[:most])
+
+
 class _Maker:
     """Draws ids of given modalities, the first and last id of each range among them."""
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, num_steps: int = NUM_DECODE_STEPS) -> None:
         self.config = config
         self.chance = np.random.default_rng(seed)
         self.num_prompt = min(NUM_PROMPT, max(1, config.max_seq_len // 4))
-        self.num_steps = max(0, min(NUM_DECODE_STEPS, config.max_seq_len - self.num_prompt - 4))
+        self.num_steps = max(0, min(num_steps, config.max_seq_len - self.num_prompt - 4))
 
     def scenario(
         self, name: str, patterns: Sequence[Sequence[int]], chunk_size: int | None = None, ragged: bool = False

@@ -58,7 +58,10 @@ def test_auto_takes_onnxruntime_for_a_bundle_and_torch_for_a_checkpoint(tiny_bun
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"backend": "abacus"}, "backend must be one of auto, onnxruntime, torch \\('abacus' came\\)"),
+        (
+            {"backend": "abacus"},
+            "backend must be one of auto, tensorrt, .*, torch \\('abacus' came\\)",
+        ),
         ({"check": "glance"}, "check must be 'size' or 'hash' \\('glance' came\\)"),
         ({"num_threads": -1}, "num_threads must be a whole number in 0"),
         ({"num_threads": 10**12}, "num_threads must be a whole number in 0"),
