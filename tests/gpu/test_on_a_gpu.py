@@ -1,0 +1,75 @@
+"""What only a GPU can tell: each backend against PyTorch there, from the file that will be deployed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motrt.errors import BackendError, InputError
+from motrt.export.bundle_from_checkpoint import export_bundle, verify_bundle
+from motrt.export.engine_from_onnx import EngineOptions
+from motrt.export.parity.findings import Outcome
+from motrt.export.trt_profile import Sizes
+from motrt.model_def.config import ModelConfig
+from motrt.runtime.backends import probe
+from motrt.runtime.engine_record import Range
+from motrt.runtime.load import load
+
+pytestmark = pytest.mark.gpu
+
+TINY = ModelConfig.tiny()
+
+
+@pytest.fixture(scope="module", params=["cuda", "tensorrt", "tensorrt-rtx"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend on a GPU; skipped where it can not be used, with the probe's reason."""
+    name = str(request.param)
+    if reason := probe(name).reason:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def bundle(
+    backend: str, request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model for the backend."""
+    out = tmp_path_factory.mktemp("gpu") / "b"
+    options = None if backend == "cuda" else EngineOptions(backend, Sizes(Range(1, 2, 4), Range(1, 16, 32)))
+    target: Any = backend
+    export_bundle(tiny_checkpoint, out, request.param, verify=False, target=target, engine_options=options)
+    return out
+
+
+def test_it_climbs_the_ladder(backend: str, bundle: Path) -> None:
+    report = verify_bundle(bundle, backend=backend)
+    assert [str(one) for one in report.findings if one.outcome is Outcome.FAIL] == []
+
+
+def test_auto_takes_a_gpu(backend: str, bundle: Path) -> None:
+    with load(bundle) as session:
+        assert "CPU" not in session.backend
+
+
+def test_conversations_in_turn_do_not_disturb_each_other(backend: str, bundle: Path) -> None:
+    ids = TINY.id_ranges[1]
+    with load(bundle, backend) as session:
+        alone: Callable[[int], list[int]] = lambda first: [  # noqa: E731
+            step.token_id for step in session.generate([first], max_tokens=12)
+        ]
+        expected = {first: alone(first) for first in (ids.start, ids.start + 5)}
+        running = {first: session.generate([first], max_tokens=12) for first in expected}
+        said: dict[int, list[int]] = {first: [] for first in expected}
+        for _ in range(12):
+            for first, steps in running.items():
+                said[first].append(next(steps).token_id)
+        assert said == expected
+
+
+def test_a_cache_that_is_too_large_leaves_the_session_usable(backend: str, bundle: Path) -> None:
+    with load(bundle, backend) as session:
+        _, cache = session.prefill([[1, 2, 3]], "text")
+        with pytest.raises((BackendError, InputError)):
+            session.new_cache(10**7, TINY.max_seq_len)
+        session.decode_step([1], "text", cache)
