@@ -3,6 +3,7 @@
 One file, so that a session can be examined on a machine without a GPU by giving it a device of another kind.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,22 @@ class DeviceBuffer:
         self.device, self.address, self.num_bytes = device, address, num_bytes
 
     def __del__(self) -> None:
-        self.device.free(self.address)
+        with contextlib.suppress(Exception):  # a driver that is going down has freed it
+            self.device.free(self.address)
+
+
+class _Recorded:
+    """A recorded graph, freed when nobody holds it."""
+
+    def __init__(self, device: "CudaDevice", executable: ctypes.c_void_p) -> None:
+        self.device, self.executable = device, executable
+
+    def __call__(self) -> None:
+        self.device.launch(self.executable)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.device.forget(self.executable)
 
 
 class CudaDevice:
@@ -96,9 +112,19 @@ class CudaDevice:
             work()
         finally:
             self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
-        self._call("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        self._call("cudaGraphDestroy", graph)
-        return lambda: self._call("cudaGraphLaunch", executable, _pointer(self.stream))
+        try:
+            self._call("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._call("cudaGraphDestroy", graph)
+        return _Recorded(self, executable)
+
+    def launch(self, executable: ctypes.c_void_p) -> None:
+        """Put a recorded graph on the stream."""
+        self._call("cudaGraphLaunch", executable, _pointer(self.stream))
+
+    def forget(self, executable: ctypes.c_void_p) -> None:
+        """Free a recorded graph."""
+        self._call("cudaGraphExecDestroy", executable)
 
     def close(self) -> None:
         self._cuda.destroy_stream(self.stream)

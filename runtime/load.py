@@ -143,12 +143,16 @@ def onnx_session(bundle: Bundle, num_threads: int = 0, device: Literal["cpu", "c
     """
     from motrt.runtime.onnx_session import OnnxSession
 
-    if bundle.manifest.precision == "bf16" and device == "cpu":
+    if device == "cuda":
+        from motrt.runtime.onnx_cuda_session import CudaOnnxSession
+
+        steps = [graph for graph in bundle.manifest.graphs if graph.is_step]
+        return CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL))
+    if bundle.manifest.precision == "bf16":
         raise BackendError(
             "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"
         )
-    steps = [graph for graph in bundle.manifest.graphs if graph.is_step] if device == "cuda" else []
-    session = OnnxSession(bundle.model_path, bundle.config, num_threads, graphs=(*steps, CANONICAL), device=device)
+    session = OnnxSession(bundle.model_path, bundle.config, num_threads)
     if session.precision != bundle.manifest.precision:
         session.close()
         raise BundleError(f"the graph is {session.precision} and the manifest says {bundle.manifest.precision}: export again")

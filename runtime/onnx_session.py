@@ -1,4 +1,4 @@
-"""The canonical graph in onnxruntime, and the graphs derived of it. The one file of this room that needs it.
+"""The canonical graph in onnxruntime, and the graphs derived of it. This file and its CUDA kin alone need it.
 
 The cache stays where it is: past and present are bound to the same buffers, so ``TensorScatter`` writes in place. A
 step binds five small arrays and one row of logits, and nothing else moves.
@@ -7,7 +7,7 @@ step binds five small arrays and one row of logits, and nothing else moves.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +36,6 @@ except ImportError as missing:
         f"onnxruntime can not be imported ({missing}): install it with `pip install 'motrt[cpu]'` or 'motrt[gpu]'"
     ) from missing
 
-# TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
-PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
-}
-
-_STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_BFLOAT16 = 16  # of onnx.TensorProto.DataType
-
 _DTYPES = {"tensor(double)": "float64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 _DTYPES |= {"tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
@@ -69,7 +60,7 @@ class BoundBuffers:
 
 
 class OnnxSession(Session):
-    """ONNX files behind the session's calls, on the CPU or a GPU.
+    """ONNX files behind the session's calls, on the CPU.
 
     Args:
         model: path of the canonical graph; others lie beside it.
@@ -78,7 +69,6 @@ class OnnxSession(Session):
         log_severity: what onnxruntime prints: 3 errors, 2 warnings too.
         overrides: initializers to replace, by name; parity uses them to poison weights.
         graphs: which graphs to load, most special first: each pass takes the first that serves it.
-        device: ``cpu`` or ``cuda``. The cache lies there, and stays there.
 
     Attributes:
         passes: how many passes each graph did, by its name.
@@ -96,11 +86,9 @@ class OnnxSession(Session):
         log_severity: int = _ERRORS_ONLY,
         overrides: Mapping[str, Any] | None = None,
         graphs: Sequence[Graph] = (CANONICAL,),
-        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         self.config = config
-        self._device = device
-        self.backend = f"onnxruntime ({device.upper()})"
+        self.backend = "onnxruntime (CPU)"
         self._overrides: list[Any] = []  # onnxruntime keeps pointers into them
         self._loaded: dict[Graph, LoadedGraph] = {}
         for graph in graphs:
@@ -124,13 +112,13 @@ class OnnxSession(Session):
                 options.add_initializer(name, held)
 
     def _open(self, graph: Graph, file: Path, options: Any) -> LoadedGraph:
-        provider = PROVIDERS[self._device]
+        name, settings = self._provider(graph)
         try:
-            session = ort.InferenceSession(file, options, providers=[provider])
+            session = ort.InferenceSession(file, options, providers=[(name, settings)])
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
-            place = self._device.upper()
+            place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure
-        if session.get_providers()[0] != provider[0]:
+        if session.get_providers()[0] != name:
             raise BackendError(f"onnxruntime {ort.__version__} fell back to the CPU: see `motrt inspect --backends`")
         inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
         cache_dtype = next((spec.dtype for spec in inputs if spec.name == past_key(0)), "float32")
@@ -139,24 +127,18 @@ class OnnxSession(Session):
         raise_all(BundleError, f"{file} does not keep the graph contract; export it again:", problems)
         return LoadedGraph(graph, signature, session)
 
+    def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
+        """Which of onnxruntime's execution providers runs ``graph``, and its settings."""
+        return "CPUExecutionProvider", {}
+
     def make_buffers(self, batch_size: int, capacity: int) -> BoundBuffers:
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
-        nothing = np.zeros(shape, _STORED[self.signature.cache_dtype])
-        return self._bind([self._value(nothing.copy()) for _ in range(2 * self.config.num_layers)])
-
-    def _value(self, stored: np.ndarray[Any, Any]) -> Any:
-        """Keys or values on the device; ``stored`` is their bit pattern, since numpy has no bfloat16."""
-        try:
-            if self.signature.cache_dtype != "bfloat16":
-                return ort.OrtValue.ortvalue_from_numpy(stored, self._device, 0)
-            value = ort.OrtValue.ortvalue_from_shape_and_type(stored.shape, _BFLOAT16, self._device, 0)
-            value.update_inplace(stored)
-        except Exception as failure:
-            needed = 2 * self.config.num_layers * stored.nbytes / 1e9
-            raise BackendError(f"no memory on the {self._device} for a cache of {needed:.2f} GB: {failure}") from failure
-        return value
+        dtype = np.dtype(self.signature.cache_dtype)
+        zeros = [np.zeros(shape, dtype) for _ in range(2 * self.config.num_layers)]
+        return self._bind([ort.OrtValue.ortvalue_from_numpy(one) for one in zeros])
 
     def _bind(self, ort_values: Sequence[Any]) -> BoundBuffers:
+        """Bind ``ort_values`` as past and present of every graph."""
         values = tuple(ort_values)
         names = [
             pair
@@ -177,12 +159,15 @@ class OnnxSession(Session):
             old = value.numpy()
             new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
             new[:, :, : old.shape[2]] = old
-            grown.append(self._value(new))
+            grown.append(ort.OrtValue.ortvalue_from_numpy(new))
         return self._bind(grown)
 
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
-        loaded = self._loaded[choose(self._loaded, inputs)]
-        binding, graph = cache.buffers.bindings[loaded.graph], loaded.graph
+        return self._run(self._loaded[choose(self._loaded, inputs)], cache.buffers, inputs)
+
+    def _run(self, loaded: LoadedGraph, buffers: BoundBuffers, inputs: StepInputs) -> Logits:
+        """One pass of one graph, its small inputs and its logits in the host's memory."""
+        binding, graph = buffers.bindings[loaded.graph], loaded.graph
         # Kept in a name until the run is over: onnxruntime reads them where they lie.
         fed = {name: np.ascontiguousarray(value) for name, value in feed(graph, inputs).items()}
         for name, value in fed.items():

@@ -8,6 +8,7 @@ so a conversation goes from one to another as its modalities change.
 import hashlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,41 +47,58 @@ _ITEMSIZES = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass
+class Bound:
+    """An execution context that was told shapes and addresses.
+
+    Attributes:
+        context: TensorRT's.
+        cache: whose keys and values it reads and writes; gone when nobody else holds it.
+        sizes: of the symbolic dims.
+        again: does the pass once more, where it was recorded.
+    """
+
+    context: Any
+    cache: "weakref.ref[Cache] | None" = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    again: Callable[[], None] | None = None
+
+
+@dataclass
 class Cache:
     """Keys and values of every layer on the device, in the order of the signature's past inputs.
 
+    A recorded pass is valid while its context stays as it was, so each cache has contexts of its own for its steps.
+
     Attributes:
         buffers: two per layer.
-        batch_size: rows.
-        recorded: what was recorded of passes over these very buffers, by graph.
+        steps: by graph, what was bound to these very buffers.
     """
 
     buffers: list[DeviceBuffer]
-    batch_size: int
-    recorded: dict[Graph, Callable[[], None]] = field(default_factory=dict)
+    steps: dict[Graph, Bound] = field(default_factory=dict)
 
 
 @dataclass
 class LoadedEngine:
-    """One engine, ready to run: its context, and the device memory of what is not the cache.
+    """One engine, ready to run, and the device memory of what is not the cache.
 
     Attributes:
         graph: what it was built of.
         record: what the manifest says of it.
         signature: its inputs and outputs.
-        context: TensorRT's execution context.
+        engine: TensorRT's.
         inputs: device memory of each small input, large enough for any pass.
         logits: device memory of its logits.
-        bound: the cache whose addresses the context has, and the shapes that it was told.
+        shared: the context of passes that are no steps: bound anew for each cache and shape.
     """
 
     graph: Graph
     record: EngineRecord
     signature: Signature
-    context: Any
+    engine: Any
     inputs: dict[str, DeviceBuffer]
     logits: DeviceBuffer
-    bound: tuple[Any, ...] = ()
+    shared: Bound | None = None
 
 
 class TrtSession(Session):
@@ -163,35 +181,36 @@ class TrtSession(Session):
         signature = Signature.of(graph, self.config, DTYPE_OF_PRECISION[self.precision])
         problems = signature.differences(*_found_specs(engine, self._library, signature))
         raise_all(BundleError, f"{record.file} does not keep the graph contract; export the bundle again:", problems)
-        context = self._context(engine)
-        if context is None:
-            free, _ = self._device.memory()
-            raise BackendError(f"the GPU has too little memory left for {record.file} ({free / 1e9:.2f} GB are free)")
         small = [spec for spec in signature.inputs if not spec.name.startswith("past_")]
         return LoadedEngine(
             graph=graph,
             record=record,
             signature=signature,
-            context=context,
+            engine=engine,
             inputs={spec.name: self._device.allocate(_most_bytes(spec, record)) for spec in small},
             logits=self._device.allocate(_most_bytes(signature.logits, record)),
         )
 
-    def _context(self, engine: Any) -> Any:
-        """An execution context; the flavour for RTX records CUDA graphs by itself where it is told to."""
+    def _context(self, engine: LoadedEngine) -> Any:
+        """An execution context; the flavour for RTX records CUDA graphs of steps by itself where it is told to."""
         strategies = getattr(self._library, "CudaGraphStrategy", None)
-        if strategies is None:
-            return engine.create_execution_context()
-        settings = engine.create_runtime_config()
-        settings.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(settings)
+        if strategies is None or not engine.graph.is_step:
+            context = engine.engine.create_execution_context()
+        else:
+            settings = engine.engine.create_runtime_config()
+            settings.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
+            context = engine.engine.create_execution_context(settings)
+        if context is None:
+            free, _ = self._device.memory()
+            raise BackendError(f"the GPU has too little memory left for {engine.record.file} ({free / 1e9:.2f} GB are free)")
+        return context
 
     def make_buffers(self, batch_size: int, capacity: int) -> Cache:
         for engine in self._engines.values():
             raise_all(InputError, "the engines were not built for so many rows:", engine.record.refusals({BATCH: batch_size}))
         itemsize = _ITEMSIZES[DTYPE_OF_PRECISION[self.precision]]
         num_bytes = batch_size * self.config.num_kv_heads * capacity * self.config.head_size * itemsize
-        return Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)], batch_size)
+        return Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)])
 
     def grow_buffers(self, buffers: Cache, capacity: int) -> Cache:
         raise AssertionError("the cache has the model's maximum from the start")
@@ -226,50 +245,58 @@ class TrtSession(Session):
         """One run of ``engine``; returns the first ``num_rows`` rows of its logits."""
         for name, values in named.items():
             self._device.upload(engine.inputs[name], values)
-        self._bind(engine, sizes, cache)
-        again = cache.recorded.get(engine.graph)
-        if again is not None:
-            again()
+        bound = self._bound(engine, sizes, cache)
+        if bound.again is not None:
+            bound.again()
         else:
-            self._enqueue(engine)
+            self._enqueue(engine, bound.context)
             if self._records_graphs and engine.graph.is_step:
-                cache.recorded[engine.graph] = self._recorded(engine)
+                bound.again = self._recorded(engine, bound.context)
         logits = np.empty((num_rows, int(engine.signature.logits.dims[1])), np.float32)
         self._device.download(engine.logits, logits)
         self.passes[engine.graph.name] += 1
         return logits
 
-    def _bind(self, engine: LoadedEngine, sizes: dict[str, int], cache: Cache) -> None:
-        """Tell the context shapes and addresses, where they are not those of its last pass."""
-        bound = (cache, tuple(sorted(sizes.items())))
-        if engine.bound and engine.bound[0] is cache and engine.bound[1] == bound[1]:
-            return
-        context, signature = engine.context, engine.signature
-        for spec in signature.inputs:
-            context.set_input_shape(spec.name, tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims))
-        for name, buffer in engine.inputs.items():
-            context.set_tensor_address(name, buffer.address)
-        for layer in range(self.config.num_layers):
-            for past, present, buffer in (
-                (past_key(layer), present_key(layer), cache.buffers[2 * layer]),
-                (past_value(layer), present_value(layer), cache.buffers[2 * layer + 1]),
-            ):
-                context.set_tensor_address(past, buffer.address)
-                context.set_tensor_address(present, buffer.address)
-        context.set_tensor_address(signature.logits.name, engine.logits.address)
-        engine.bound = bound
+    def _bound(self, engine: LoadedEngine, sizes: dict[str, int], cache: Cache) -> Bound:
+        """A context that has the shapes and addresses of this pass: a cache's own for its steps, told but once."""
+        if engine.graph.is_step:
+            if engine.graph not in cache.steps:
+                cache.steps[engine.graph] = self._bind(engine, Bound(self._context(engine)), sizes, cache)
+            return cache.steps[engine.graph]
+        shared = engine.shared or Bound(self._context(engine))
+        engine.shared = shared
+        is_same = shared.cache is not None and shared.cache() is cache and shared.sizes == sizes
+        return shared if is_same else self._bind(engine, shared, sizes, cache)
 
-    def _enqueue(self, engine: LoadedEngine) -> None:
-        if not engine.context.execute_async_v3(self._device.stream):
+    def _bind(self, engine: LoadedEngine, bound: Bound, sizes: dict[str, int], cache: Cache) -> Bound:
+        bound.cache = None  # until all of it is told
+        context, signature = bound.context, engine.signature
+        shapes = {
+            spec.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims) for spec in signature.inputs
+        }
+        addresses = {name: buffer.address for name, buffer in engine.inputs.items()}
+        addresses[signature.logits.name] = engine.logits.address
+        for layer in range(self.config.num_layers):
+            keys, values = cache.buffers[2 * layer].address, cache.buffers[2 * layer + 1].address
+            addresses |= {past_key(layer): keys, present_key(layer): keys}
+            addresses |= {past_value(layer): values, present_value(layer): values}
+        refused = [name for name, shape in shapes.items() if not context.set_input_shape(name, shape)]
+        refused += [name for name, address in addresses.items() if not context.set_tensor_address(name, address)]
+        raise_all(BackendError, f"TensorRT does not take what a pass of {engine.record.file} needs:", refused)
+        bound.cache, bound.sizes = weakref.ref(cache), dict(sizes)
+        return bound
+
+    def _enqueue(self, engine: LoadedEngine, context: Any) -> None:
+        if not context.execute_async_v3(self._device.stream):
             raise BackendError(f"TensorRT failed in a pass of {engine.record.file}: see what it printed")
 
-    def _recorded(self, engine: LoadedEngine) -> Callable[[], None]:
+    def _recorded(self, engine: LoadedEngine, context: Any) -> Callable[[], None]:
         """The step just done, as a CUDA graph; as itself where it can not be recorded."""
         try:
-            return self._device.record(lambda: self._enqueue(engine))
+            return self._device.record(lambda: self._enqueue(engine, context))
         except BackendError as failure:
             logger.warning("steps of %s are not recorded as a CUDA graph: %s", engine.graph.name, failure)
-            return lambda: self._enqueue(engine)
+            return lambda: self._enqueue(engine, context)
 
     def release(self) -> None:
         self._engines.clear()

@@ -36,7 +36,7 @@ STANDARD_LIBRARY_ALONE = (
 OWNERS = {
     "torch": ("model_def/*.py", "runtime/torch_session.py", "export/*.py"),
     "safetensors": ("model_def/checkpoint/*.py",),
-    "onnxruntime": ("runtime/onnx_session.py", "export/*.py"),
+    "onnxruntime": ("runtime/onnx_session.py", "runtime/onnx_cuda_session.py", "export/*.py"),
     "onnx": ("export/*.py",),
     "onnx_ir": ("export/*.py",),
     "onnxscript": ("export/*.py",),

@@ -25,7 +25,7 @@ from motrt.runtime.gpu import Gpu, Gpus
 from motrt.runtime.load import load
 from motrt.runtime.trt_session import TrtSession
 from motrt.tests.export.models import torch_session
-from motrt.tests.runtime.fake_tensorrt import L40, HostDevice, Library, with_fake_engines
+from motrt.tests.runtime.fake_tensorrt import L40, Context, HostDevice, Library, with_fake_engines
 
 TINY = ModelConfig.tiny()
 TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
@@ -181,12 +181,24 @@ def test_an_engine_that_fails_is_a_sentence_and_the_session_goes_on(bundle: Bund
     device = HostDevice()
     library = Library(device)
     with TrtSession(bundle, "tensorrt", library, device, L40) as session:
+        session.prefill([TEXT], "text")
         for context in library.contexts:
             context.fails = True
         with pytest.raises(BackendError, match=r"failed in a pass of prefill\.engine"):
             session.prefill([TEXT], "text")
         for context in library.contexts:
             context.fails = False
+        session.prefill([TEXT], "text")
+
+
+def test_a_shape_that_tensorrt_refuses_is_named_and_not_taken_for_bound(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(bundle) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "set_input_shape", lambda self, name, shape: name != "past_key.0")
+            with pytest.raises(BackendError, match=r"(?s)does not take what a pass of prefill\.engine needs.*past_key\.0"):
+                session.prefill([TEXT], "text")
         session.prefill([TEXT], "text")
 
 

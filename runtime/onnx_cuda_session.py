@@ -1,0 +1,173 @@
+"""The bundle's graphs in onnxruntime on a GPU.
+
+The cache lies on the device and stays there. A step's graph (one modality, nothing that asks the host) is recorded as a CUDA
+graph by onnxruntime: its inputs and logits then have memory of their own on the device, a pass copies two small arrays there
+and one array of logits back, and nothing else moves. What is recorded belongs to addresses, so caches that are given up are
+used again.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from motrt.errors import BackendError
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
+from motrt.runtime.graph_choice import as_contract, choose, feed
+from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession
+from motrt.runtime.session import Logits
+from motrt.runtime.step_inputs import StepInputs
+
+logger = logging.getLogger(__name__)
+
+# numpy has no bfloat16: it is carried as its bit pattern, under ONNX's number for it (onnx.TensorProto.BFLOAT16).
+_STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_BFLOAT16 = 16
+
+
+@dataclass
+class RecordedStep:
+    """One step's graph, bound to device memory that never moves, under a number by which onnxruntime knows its record."""
+
+    binding: Any
+    inputs: dict[str, Any]
+    logits: Any
+    options: Any
+
+
+@dataclass
+class Held:
+    """A cache's device memory, and what was bound and recorded over it."""
+
+    buffers: BoundBuffers
+    steps: dict[Graph, RecordedStep] = field(default_factory=dict)
+
+
+class Lease:
+    """The use of a cache's memory; it goes back to the session when the conversation lets go of it."""
+
+    def __init__(self, held: Held, idle: list[Held]) -> None:
+        self.held, self._idle = held, idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.held)
+
+
+class CudaOnnxSession(OnnxSession):
+    """ONNX files on the first GPU.
+
+    Args:
+        model: path of the canonical graph; others lie beside it.
+        config: what the graphs compute.
+        graphs: which graphs to load, most special first.
+        records_steps: whether steps are recorded as CUDA graphs. Where onnxruntime can not, they are done as they are.
+
+    Raises:
+        BackendError: when onnxruntime has no CUDA, or can not run a graph.
+        BundleError: when a graph does not have the contract's inputs and outputs.
+    """
+
+    device = "cuda"
+    provider = "CUDAExecutionProvider"
+
+    def __init__(
+        self, model: Path, config: ModelConfig, graphs: Sequence[Graph] = (CANONICAL,), records_steps: bool = True
+    ) -> None:
+        self._recorded = {graph for graph in graphs if graph.is_step} if records_steps else set()
+        self._numbers = itertools.count(1)
+        self._idle: dict[tuple[int, int], list[Held]] = {}
+        self._lock = threading.Lock()  # what is recorded is one conversation's at a time
+        super().__init__(model, config, graphs=graphs)
+        self.backend = "onnxruntime (CUDA)"
+        self.smallest_capacity = config.max_seq_len  # growing would move what is recorded
+
+    def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
+        # TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
+        settings = {"use_tf32": "0"}
+        return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
+
+    def _open(self, graph: Graph, file: Path, options: Any) -> LoadedGraph:
+        try:
+            return super()._open(graph, file, options)
+        except BackendError as failure:
+            if graph not in self._recorded:
+                raise
+            logger.warning("steps of %s are not recorded as a CUDA graph: %s", graph.name, failure)
+            self._recorded.discard(graph)
+            return super()._open(graph, file, options)
+
+    def make_buffers(self, batch_size: int, capacity: int) -> Any:
+        idle = self._idle.setdefault((batch_size, capacity), [])
+        shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
+        nothing = np.zeros(shape, _STORED[self.signature.cache_dtype])
+        with self._lock:
+            held = idle.pop() if idle else None
+        if held is None:
+            return Lease(Held(self._bind([self._value(nothing.copy()) for _ in range(2 * self.config.num_layers)])), idle)
+        for value in held.buffers.values:
+            value.update_inplace(nothing)
+        return Lease(held, idle)
+
+    def _value(self, stored: np.ndarray[Any, Any]) -> Any:
+        """Keys or values on the device."""
+        try:
+            if self.signature.cache_dtype != "bfloat16":
+                return ort.OrtValue.ortvalue_from_numpy(stored, self.device, 0)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(stored.shape, _BFLOAT16, self.device, 0)
+            value.update_inplace(stored)
+        except Exception as failure:
+            needed = 2 * self.config.num_layers * stored.nbytes / 1e9
+            raise BackendError(f"no memory on the GPU for a cache of {needed:.2f} GB: {failure}") from failure
+        return value
+
+    def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        held: Held = cache.buffers.held
+        loaded = self._loaded[choose(self._loaded, inputs)]
+        with self._lock:
+            if loaded.graph not in self._recorded:
+                return self._run(loaded, held.buffers, inputs)
+            if loaded.graph not in held.steps:
+                held.steps[loaded.graph] = self._step(loaded, held, inputs)
+            return self._run_recorded(loaded, held, inputs)
+
+    def _step(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> RecordedStep:
+        """Device memory for what a step takes and gives, bound once; onnxruntime records the pass when it is done again."""
+        binding = held.buffers.bindings[loaded.graph]
+        values = {name: self._on_device(value) for name, value in feed(loaded.graph, inputs).items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        shape = (inputs.input_ids.shape[0], int(loaded.signature.logits.dims[1]))
+        logits = self._on_device(np.zeros(shape, np.float32))
+        binding.bind_ortvalue_output(loaded.signature.logits.name, logits)
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
+        return RecordedStep(binding, values, logits, options)
+
+    def _on_device(self, value: np.ndarray[Any, Any]) -> Any:
+        return ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"), self.device, 0)
+
+    def _run_recorded(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> Logits:
+        graph, step = loaded.graph, held.steps[loaded.graph]
+        for name, value in feed(graph, inputs).items():
+            step.inputs[name].update_inplace(np.ascontiguousarray(value))
+        try:
+            loaded.session.run_with_iobinding(step.binding, step.options)
+        except Exception as failure:
+            raise BackendError(
+                f"onnxruntime failed in a recorded step of {graph.name}: {failure}. Where other passes run, open it with "
+                "CudaOnnxSession(..., records_steps=False)"
+            ) from failure
+        self.passes[graph.name] += 1
+        return as_contract(graph, self.config, step.logits.numpy(), inputs)
+
+    def release(self) -> None:
+        self._idle.clear()
+        super().release()

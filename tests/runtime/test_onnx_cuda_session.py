@@ -1,0 +1,192 @@
+"""onnxruntime on a GPU, as far as a CPU can tell: the same session with the host's memory for the device's."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from motrt.errors import BackendError
+from motrt.export.bundle_from_checkpoint import export_bundle
+from motrt.export.parity.agreement import agreement_findings, compare, noise_of
+from motrt.export.parity.consistency import consistency_findings
+from motrt.export.parity.findings import Outcome
+from motrt.export.parity.gate import ask
+from motrt.export.parity.generation import generation_findings
+from motrt.export.parity.routing_laws import law_findings
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph, plan_for
+from motrt.runtime.onnx_cuda_session import CudaOnnxSession, Lease
+from motrt.tests.export.models import torch_session
+
+TINY = ModelConfig.tiny()
+TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
+STEPS = plan_for("cuda", TINY)
+
+
+class OnTheHost(CudaOnnxSession):
+    """All of it but the GPU."""
+
+    device, provider = "cpu", "CPUExecutionProvider"
+
+    def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
+        self.asked = {**getattr(self, "asked", {}), graph.name: super()._provider(graph)[1]}
+        return self.provider, {}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cuda") / "b"
+    export_bundle(tiny_checkpoint, out, "fp32", verify=False, target="cuda")
+    return out
+
+
+def opened(bundle: Path, **options: Any) -> OnTheHost:
+    return OnTheHost(bundle / "model.onnx", TINY, (*STEPS, CANONICAL), **options)
+
+
+@pytest.mark.parametrize("records_steps", [True, False])
+def test_the_whole_ladder_holds(records_steps: bool, bundle: Path, tiny_checkpoint: Path) -> None:
+    expected = ask(torch_session(tiny_checkpoint, "fp64"))
+    with opened(bundle, records_steps=records_steps) as session:
+        compared = compare(session, expected.scenarios)
+        findings = [
+            *consistency_findings(session),
+            *law_findings(session),
+            *agreement_findings(session, compared),
+            *generation_findings(session, expected.plans, noise_of(compared)),
+        ]
+        assert [one for one in findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)] == []
+        assert all(session.passes.values())
+
+
+def test_steps_alone_are_recorded_and_no_product_is_rounded_to_tf32(bundle: Path) -> None:
+    with opened(bundle) as session:
+        assert all(settings["use_tf32"] == "0" for settings in session.asked.values())
+        recorded = {name for name, settings in session.asked.items() if settings.get("enable_cuda_graph") == "1"}
+        assert recorded == {graph.name for graph in STEPS}
+    with opened(bundle, records_steps=False) as session:
+        assert not any("enable_cuda_graph" in settings for settings in session.asked.values())
+
+
+def test_every_record_has_a_number_of_its_own_and_keeps_its_addresses(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[str] = []
+
+    class Options(ort.RunOptions):  # type: ignore[misc]
+        def add_run_config_entry(self, key: str, value: str) -> None:
+            assert key == "gpu_graph_id"
+            numbers.append(value)
+
+    monkeypatch.setattr(ort, "RunOptions", Options)
+    with opened(bundle) as session:
+        caches = [session.prefill([prompt], "audio")[1] for prompt in (TEXT, AUDIO)]
+        for token in AUDIO:
+            for cache in caches:
+                session.decode_step([token], "audio", cache)
+        step = caches[0].buffers.held.steps[STEPS[1]]
+        places = [value.data_ptr() for value in (*step.inputs.values(), step.logits)]
+        session.decode_step([AUDIO[0]], "audio", caches[0])
+        assert [value.data_ptr() for value in (*step.inputs.values(), step.logits)] == places
+    assert numbers == ["1", "2"]
+
+
+def test_a_cache_that_is_given_up_is_used_again_empty(bundle: Path) -> None:
+    with opened(bundle) as session:
+        fresh, cache = session.prefill([TEXT], "audio")
+        session.decode_step([AUDIO[0]], "audio", cache)
+        held = cache.buffers.held
+        del cache
+        gc.collect()
+        buffers = session.make_buffers(1, TINY.max_seq_len)
+        assert buffers.held is held and held.steps
+        assert not any(value.numpy().any() for value in held.buffers.values)
+        del buffers
+        again, cache = session.prefill([TEXT], "audio")
+        assert cache.buffers.held is held
+        np.testing.assert_array_equal(again, fresh)
+        _, second = session.prefill([TEXT], "audio")
+        assert second.buffers.held is not held
+
+
+def test_conversations_in_turn_do_not_disturb_each_other(bundle: Path) -> None:
+    with opened(bundle) as session:
+
+        def alone(first: int) -> list[int]:
+            return [step.token_id for step in session.generate([first], max_tokens=12)]
+
+        expected = {first: alone(first) for first in AUDIO[:3]}
+        running = {first: session.generate([first], max_tokens=12) for first in expected}
+        said: dict[int, list[int]] = {first: [] for first in expected}
+        for _ in range(12):
+            for first, steps in running.items():
+                said[first].append(next(steps).token_id)
+        assert said == expected
+
+
+def test_where_steps_can_not_be_recorded_they_are_done_as_they_are(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real: Callable[..., Any] = ort.InferenceSession
+
+    def open_it(file: Path, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+        if "enable_cuda_graph" in providers[0][1]:
+            raise RuntimeError("this session can not use the graph capture feature")
+        return real(file, options, providers=[("CPUExecutionProvider", {})])
+
+    class Refused(OnTheHost):
+        def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
+            return CudaOnnxSession._provider(self, graph)
+
+    monkeypatch.setattr(ort, "InferenceSession", open_it)
+    with Refused(bundle / "model.onnx", TINY, (*STEPS, CANONICAL)) as session:
+        _, cache = session.prefill([TEXT], "text")
+        session.decode_step([1], "text", cache)
+        assert session.passes["decode.text"] == 1 and not cache.buffers.held.steps
+    assert "decode.text are not recorded as a CUDA graph" in caplog.text
+
+
+def test_a_recorded_step_that_fails_is_a_sentence(bundle: Path) -> None:
+    with opened(bundle) as session:
+        _, cache = session.prefill([TEXT], "text")
+        session.decode_step([1], "text", cache)
+
+        class Broken:
+            def run_with_iobinding(self, binding: Any, options: Any) -> None:
+                raise RuntimeError("the machine is on fire")
+
+        session._loaded[STEPS[0]] = replace(session._loaded[STEPS[0]], session=Broken())
+        with pytest.raises(BackendError, match=r"recorded step of decode\.text: the machine is on fire"):
+            session.decode_step([1], "text", cache)
+
+
+def test_bfloat16_caches_are_zeros_of_that_type(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(bundle) as session:
+        monkeypatch.setattr(type(session.signature), "cache_dtype", "bfloat16")
+        value = session._value(np.zeros((2, 3), np.uint16))
+        assert value.data_type() == "tensor(bfloat16)" and value.shape() == [2, 3]
+
+
+def test_no_memory_is_told_with_a_figure(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with opened(bundle) as session:
+        session.prefill([TEXT], "text")
+        with monkeypatch.context() as patch:
+            patch.setattr(ort.OrtValue, "ortvalue_from_numpy", fail)
+            with pytest.raises(BackendError, match=r"no memory on the GPU for a cache of \d+\.\d\d GB: out of memory"):
+                session.new_cache(2)
+        session.prefill([TEXT], "text")
+
+
+def test_a_lease_gives_back_what_it_holds() -> None:
+    idle: list[Any] = []
+    held: Any = object()
+    lease = Lease(held, idle)
+    del lease
+    gc.collect()
+    assert idle == [held]
