@@ -8,9 +8,10 @@ import logging
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import DTYPE_OF_PRECISION
+from motrt.runtime.backends import probe
 from motrt.runtime.bundle import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -41,6 +43,7 @@ from motrt.runtime.bundle import (
     write_manifest,
 )
 from motrt.runtime.engine_record import EngineRecord
+from motrt.runtime.gpu import find_gpus
 from motrt.runtime.load import open_session, read_tokenizer, source_of
 
 logger = logging.getLogger(__name__)
@@ -103,9 +106,10 @@ def export_bundle(
     checkpoint = open_checkpoint(checkpoint_path)
     config, read = _as_exported(checkpoint, max_seq_len)
     options = _engine_options(target, engine_options)
-    _refuse_what_can_not_be(precision, verify)
     if options is not None:
         refuse_options(options, precision)
+    on_gpu = verify and _can_prove_on_gpu(target, options)
+    _refuse_what_can_not_be(precision, verify and not on_gpu)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
     work = _Work(config, precision, plan_for(target, config), checkpoint, steps)
@@ -117,7 +121,8 @@ def export_bundle(
         operators = work.write_graphs(folder, read)
         with steps.step("hash the bundle", work.weight_bytes) as advance:
             files = record_files(folder, advance)
-        report = _prove(folder, work, files) if verify else None
+        # The graphs on the CPU, where its kernels know the precision; then what the target runs, where its GPU is here.
+        report = _prove(folder, work, files) if verify and precision != "bf16" else None
         engines = work.build_engines(folder, options) if options is not None else ()
         files |= {one.file: FileRecord((folder / one.file).stat().st_size, one.sha256) for one in engines}
         manifest = Manifest(
@@ -132,6 +137,11 @@ def export_bundle(
             graphs=work.graphs,
             engines=engines,
         )
+        if on_gpu:
+            on_target = _prove_on_gpu(Bundle(folder, manifest), work)
+            report = report or on_target
+            engines = tuple(replace(one, parity=_of_engine(on_target, one)) for one in engines)
+            manifest = replace(manifest, engines=engines, parity=report.to_dict())
         write_manifest(folder, manifest)
     return Exported(open_bundle(out), report, steps.seconds)
 
@@ -270,10 +280,34 @@ def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
         )
 
 
+def _can_prove_on_gpu(target: Target, options: EngineOptions | None) -> bool:
+    """Whether what ``target`` runs can be examined on this machine: engines for other GPUs than its own can not."""
+    gpu = find_gpus().first
+    if target == "onnx" or gpu is None or not probe(target).is_usable:
+        return False
+    return options is None or not options.compute_capabilities or gpu.compute_capability in options.compute_capabilities
+
+
+def _prove_on_gpu(bundle: Bundle, work: _Work) -> Report:
+    """The very files that will be deployed, by the backend that they are for, before the manifest makes them a bundle."""
+    hashes = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+    backend = bundle.manifest.target
+    return _passed(climb_session(lambda: open_session(bundle, backend), work.config, work.checkpoint, work.steps, hashes))
+
+
+def _of_engine(report: Report, engine: EngineRecord) -> dict[str, Any]:
+    """What an engine's record keeps of the climb that it was part of: the verdict, and the findings of its own graph."""
+    told = report.to_dict()
+    return {**told, "findings": [one for one in told["findings"] if one["graph"] == engine.graph]}
+
+
 def _prove(folder: Path, work: _Work, files: Mapping[str, FileRecord]) -> Report:
     hashes = {name: record.sha256 for name, record in files.items()}
     subject = Subject(folder / MODEL_FILE, work.config, work.precision, hashes, work.graphs)
-    report = climb(subject, work.checkpoint, work.steps)
+    return _passed(climb(subject, work.checkpoint, work.steps))
+
+
+def _passed(report: Report) -> Report:
     if report.verdict is Outcome.FAIL:
         failed = [str(one) for one in report.findings if one.outcome is Outcome.FAIL]
         message = "\n  - ".join(["what was exported is not the model, so no bundle was made:", *failed])

@@ -6,7 +6,7 @@ wrong one is seen; a fake engine writes where it is told and nowhere else.
 
 import ctypes
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -16,8 +16,10 @@ import numpy as np
 import onnxruntime as ort
 
 from motrt.errors import BackendError
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import Graph
 from motrt.model_def.signature import Signature
-from motrt.runtime.bundle import Bundle, FileRecord, open_bundle, record_files, write_manifest
+from motrt.runtime.bundle import Bundle, FileRecord, open_bundle, sha256_of, write_manifest
 from motrt.runtime.cuda_device import CudaDevice, DeviceBuffer
 from motrt.runtime.engine_record import EngineRecord, Range
 from motrt.runtime.gpu import Gpu
@@ -183,32 +185,44 @@ class Context:
         return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def with_fake_engines(bundle: Path, batch: Range = Range(1, 2, 4), new_tokens: Range = Range(1, 8, 16)) -> Bundle:  # noqa: B008
-    """Give a bundle with derived graphs engines that the library above can run."""
-    manifest = open_bundle(bundle).manifest
+def fake_engines(
+    folder: Path,
+    graphs: Sequence[Graph],
+    config: ModelConfig,
+    precision: str,
+    batch: Range = Range(1, 2, 4),  # noqa: B008
+    new_tokens: Range = Range(1, 8, 16),  # noqa: B008
+) -> tuple[tuple[EngineRecord, ...], dict[str, FileRecord]]:
+    """Write engines that the library above can run beside their graphs; returns their records, and those of their files."""
     sizes = {"b": batch, "s": new_tokens, "n": Range(1, batch.best, batch.most)}
-    engines, files = [], dict(manifest.files)
-    for graph in manifest.graphs:
-        data = b"ftrt" + str((bundle / graph.file_name).resolve()).encode()
-        file = bundle / f"{graph.name}.engine"
+    engines, files = [], {}
+    for graph in graphs:
+        data = b"ftrt" + str((folder / graph.file_name).resolve()).encode()
+        file = folder / f"{graph.name}.engine"
         file.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
         files[file.name] = FileRecord(len(data), sha256)
-        dims = {dim for spec in Signature.of(graph, manifest.config, "float32").inputs for dim in spec.dims}
+        dims = {dim for spec in Signature.of(graph, config, "float32").inputs for dim in spec.dims}
         engines.append(
             EngineRecord(
                 graph=graph.name,
                 file=file.name,
                 flavour="tensorrt",
-                precision=manifest.precision,
+                precision=precision,
                 versions={"tensorrt": Library.__version__},
                 gpu=L40.name,
                 compute_capabilities=(L40.compute_capability,),
                 ranges={dim: one for dim, one in sizes.items() if dim in dims},
-                onnx_sha256=manifest.files[graph.file_name].sha256,
+                onnx_sha256=sha256_of(folder / graph.file_name),
                 sha256=sha256,
             )
         )
-    write_manifest(bundle, replace(manifest, files=files, engines=tuple(engines)))
-    assert set(record_files(bundle)) == set(files)
+    return tuple(engines), files
+
+
+def with_fake_engines(bundle: Path) -> Bundle:
+    """Give a bundle with derived graphs engines that the library above can run."""
+    manifest = open_bundle(bundle).manifest
+    engines, files = fake_engines(bundle, manifest.graphs, manifest.config, manifest.precision)
+    write_manifest(bundle, replace(manifest, files={**manifest.files, **files}, engines=engines))
     return open_bundle(bundle, "hash")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from motrt.errors import BackendError, BundleError, InputError
+from motrt.errors import BackendError, BundleError, InputError, ParityError
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.engine_from_onnx import EngineOptions
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
@@ -19,13 +19,14 @@ from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
 from motrt.model_def.config import ModelConfig
 from motrt.runtime import trt_session
+from motrt.runtime.backends import Probe
 from motrt.runtime.bundle import Bundle, open_bundle, write_manifest
 from motrt.runtime.engine_record import Range
 from motrt.runtime.gpu import Gpu, Gpus
 from motrt.runtime.load import load
 from motrt.runtime.trt_session import TrtSession
 from motrt.tests.export.models import torch_session
-from motrt.tests.runtime.fake_tensorrt import L40, Context, HostDevice, Library, with_fake_engines
+from motrt.tests.runtime.fake_tensorrt import L40, Context, HostDevice, Library, fake_engines, with_fake_engines
 
 TINY = ModelConfig.tiny()
 TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
@@ -290,3 +291,64 @@ def test_the_bundle_still_runs_on_the_cpu(bundle: Bundle, tiny_checkpoint: Path)
 
 def test_ranges_say_what_they_are() -> None:
     assert str(Range(1, 4, 16)) == "1 to 16, best 4"
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose GPU the engines are for: an export builds fakes of them, and opens them."""
+    from motrt.export import bundle_from_checkpoint as export
+
+    def build(self: Any, folder: Path, options: Any) -> Any:
+        engines, _ = fake_engines(folder, self.graphs, self.config, self.precision)
+        return engines
+
+    def open_session(bundle: Bundle, backend: str, num_threads: int = 0) -> TrtSession:
+        device = HostDevice()
+        return TrtSession(bundle, backend, Library(device), device, L40)
+
+    monkeypatch.setattr(export, "refuse_options", lambda options, precision: None)
+    monkeypatch.setattr(export._Work, "build_engines", build)
+    monkeypatch.setattr(export, "find_gpus", lambda: Gpus((L40,), "13.0"))
+    monkeypatch.setattr(export, "probe", lambda backend: Probe(backend, ""))
+    monkeypatch.setattr(export, "open_session", open_session)
+
+
+def test_an_export_beside_its_gpu_proves_the_engines(with_a_gpu: None, make_checkpoint: Any, tmp_path: Path) -> None:
+    config = TINY.replace(num_layers=1)
+    made = export_bundle(make_checkpoint(config), tmp_path / "b", "fp32", target="tensorrt")
+    for engine in made.bundle.manifest.engines:
+        assert engine.parity is not None and engine.parity["verdict"] == "PASS"
+        assert engine.parity["backend"] == "tensorrt (NVIDIA L40)"
+        assert {one["graph"] for one in engine.parity["findings"]} == {engine.graph}
+    assert made.report is not None and made.report.backend == "onnxruntime (CPU)"
+
+
+def test_engines_that_are_not_the_model_leave_no_bundle(
+    with_a_gpu: None, make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Context._run
+
+    def shifted(self: Context, shapes: Any, addresses: dict[str, int]) -> None:
+        """Some logits of every step are off by one."""
+        real(self, shapes, addresses)
+        if "range_logits" in addresses:
+            count = shapes["input_ids"][0]
+            self._view(addresses["range_logits"], (count, 8), np.dtype(np.float32))[...] += 1
+
+    monkeypatch.setattr(Context, "_run", shifted)
+    with pytest.raises(ParityError, match="what was exported is not the model"):
+        export_bundle(make_checkpoint(TINY.replace(num_layers=1)), tmp_path / "b", "fp32", target="tensorrt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_for_another_gpu_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from motrt.export import bundle_from_checkpoint as export
+
+    monkeypatch.setattr(export, "find_gpus", lambda: Gpus((L40,), "13.0"))
+    monkeypatch.setattr(export, "probe", lambda backend: Probe(backend, ""))
+    can = export._can_prove_on_gpu
+    assert can("tensorrt", EngineOptions("tensorrt")) and can("cuda", None) and not can("onnx", None)
+    assert can("tensorrt-rtx", EngineOptions("tensorrt-rtx", compute_capabilities=("8.9",)))
+    assert not can("tensorrt-rtx", EngineOptions("tensorrt-rtx", compute_capabilities=("12.0",)))
+    monkeypatch.setattr(export, "probe", lambda backend: Probe(backend, "too old a driver"))
+    assert not can("cuda", None)
