@@ -249,9 +249,9 @@ def inspect(path: Path | None, backends: bool, as_json: bool) -> None:
 
 ENGINE_OPTIONS = (
     click.option("--compute-capability", help="Of the GPUs that will run it: 8.9, or 8.6,8.9,12.0."),
-    click.option("--batch", help="Rows: LEAST,BEST,MOST, or one number.  [default: 1,1,8]"),
-    click.option("--prefill-tokens", help="Prompt ids of one pass: LEAST,BEST,MOST.  [default: 1,128,512]"),
-    click.option("--workspace", type=click.FloatRange(min=0, min_open=True), help="Most scratch memory of a layer, in GB."),
+    click.option("--batch", help="Rows: BEST,MOST, or one number.  [default: 1,8]"),
+    click.option("--prefill-tokens", help="Prompt ids of one pass: BEST,MOST, or one number.  [default: 128,512]"),
+    click.option("--workspace", type=click.FloatRange(0.001, 10_000), help="Most scratch memory of a layer, in GB."),
     click.option("--version-compatible", is_flag=True, help="For later versions of the library too (tensorrt)."),
     click.option("--hardware-compatible", is_flag=True, help="For other GPUs, Ampere and later, too (tensorrt)."),
     click.option("--timing-cache", type=click.Path(path_type=Path), help="Keep measurements of kernels here (tensorrt)."),
@@ -270,15 +270,17 @@ def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
     from motrt.export.engine_from_onnx import EngineOptions
     from motrt.export.trt_profile import USUAL_BATCH, USUAL_NEW_TOKENS, Sizes, parse_range
 
-    said = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    said = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False)]
     if target not in ("tensorrt", "tensorrt-rtx"):
         if said:
             raise click.UsageError(f"{', '.join(said)}: for --target tensorrt and tensorrt-rtx alone")
         return None
-    capabilities = [part.strip() for part in (given["compute_capability"] or "").split(",") if part.strip()]
+    capabilities = [part.strip() for part in (given["compute_capability"] or "").split(",")]
+    if given["compute_capability"] is None:
+        capabilities = []
     sizes = Sizes(
-        parse_range(given["batch"]) if given["batch"] else USUAL_BATCH,
-        parse_range(given["prefill_tokens"]) if given["prefill_tokens"] else USUAL_NEW_TOKENS,
+        parse_range(given["batch"]) if given["batch"] is not None else USUAL_BATCH,
+        parse_range(given["prefill_tokens"]) if given["prefill_tokens"] is not None else USUAL_NEW_TOKENS,
     )
     return EngineOptions(
         target,

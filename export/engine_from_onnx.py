@@ -5,6 +5,8 @@ nothing else. Refitting and stripped weights are not offered: TensorRT for RTX c
 """
 
 import logging
+import signal
+import threading
 import time
 import warnings
 from collections import Counter
@@ -36,6 +38,8 @@ HOST_BYTES_PER_WEIGHT_BYTE, HOST_BYTES_BESIDE = 3.25, 1 << 30
 
 # Beside its weights an engine holds kernels or their sources, and shapes.
 LARGEST_BYTES_BESIDE_WEIGHTS = 64 << 20
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 _NUM_PARTS = 1000  # of a build, for its bar
 
@@ -88,6 +92,8 @@ def refuse_options(options: EngineOptions, precision: str) -> None:
         if is_foreign:
             raise InputError(f"{switch} is not for --target {options.flavour}, which has no such thing: leave it out")
     module = tensorrt_for_building(options.flavour)
+    if options.timing_cache is not None and (options.timing_cache.is_dir() or not options.timing_cache.parent.is_dir()):
+        raise InputError(f"--timing-cache names a file in a folder that is there ({options.timing_cache} came)")
     if options.compute_capabilities:
         known = known_capabilities(module)
         unknown = [one for one in options.compute_capabilities if one not in known]
@@ -191,7 +197,17 @@ def _available_bytes() -> int | None:
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+    free = [int(fields["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in fields else []
+    limit = [int(text) for text in (_control_group("memory.max"), _control_group("memory.current")) if text.isdecimal()]
+    return min([*free, *([limit[0] - limit[1]] if len(limit) == 2 else [])], default=None)
+
+
+def _control_group(name: str) -> str:
+    """What a container's limits say; empty where there are none."""
+    try:
+        return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _polygraphy(flavour: str) -> Any:
@@ -314,7 +330,7 @@ def _build(
                 config=_configuration(loaders, profile, options, module, monitor),
                 save_timing_cache=cache,
             )
-    except PolygraphyException as failure:
+    except (PolygraphyException, TypeError, RuntimeError, OSError) as failure:
         monitor.raise_interrupt()
         said, name = "; ".join(errors.said) or str(failure), FLAVOURS[options.flavour].module
         raise ExportError(f"{name} {module.__version__} can not build {out.stem}: {said}") from None
@@ -366,16 +382,37 @@ def _monitored(module: Any, advance: Advance) -> Iterator[Any]:
                     self.told = done
             except BaseException as interrupt:  # it may not pass through TensorRT
                 self.interrupt = interrupt
-            return self.interrupt is None
+            return self.interrupt is None and not signals
 
         def raise_interrupt(self) -> None:
             if self.interrupt is not None:
                 raise self.interrupt
 
-    monitor = Monitor()
-    yield monitor
-    if monitor.interrupt is None:
-        advance(_NUM_PARTS - monitor.told)
+    with _signals_kept() as signals:
+        monitor = Monitor()
+        yield monitor
+        if monitor.interrupt is None:
+            advance(_NUM_PARTS - monitor.told)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    """Interrupts that come meanwhile, to be acted on at the end.
+
+    A handler that raises would do so in whichever of TensorRT's calls into Python comes next, and TensorRT drops it there.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # signals are the main thread's
+        return
+    kept = {number: signal.signal(number, lambda which, frame: came.append(which)) for number in _INTERRUPTS}
+    try:
+        yield came
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _error_recorder(module: Any) -> Any:

@@ -14,6 +14,9 @@ Shape = tuple[int, ...]
 
 USUAL_BATCH, USUAL_NEW_TOKENS = Range(1, 1, 8), Range(1, 128, PREFILL_CHUNK)
 
+# More rows than any step of a session has; more would not be refused before the graphs are traced.
+MOST_OF_A_DIM = 1 << 16
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -29,17 +32,19 @@ class Sizes:
 
 
 def parse_range(text: str) -> Range:
-    """``1,4,16`` (least, best, most), or one number for all three.
+    """``4,16`` (best, most), or one number for both. The least is 1: a prompt may end with one id, a batch with one row.
 
     Raises:
         InputError: for anything else.
     """
     parts = text.split(",")
-    if len(parts) in (1, 3) and all(part.strip().isdecimal() and len(part) < 10 for part in parts):
-        least, best, most = map(int, parts * 3 if len(parts) == 1 else parts)
-        if 1 <= least <= best <= most:
-            return Range(least, best, most)
-    raise InputError(f"sizes are LEAST,BEST,MOST, ascending whole numbers from 1, or one number for all ({text!r} came)")
+    if len(parts) in (1, 2) and all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+        best, most = map(int, parts * 2 if len(parts) == 1 else parts)
+        if 1 <= best <= most <= MOST_OF_A_DIM:
+            return Range(1, best, most)
+    raise InputError(
+        f"sizes are BEST,MOST, ascending whole numbers in 1..{MOST_OF_A_DIM}, or one number for both ({text!r} came)"
+    )
 
 
 def ranges_for(graph: Graph, signature: Signature, sizes: Sizes) -> dict[str, Range]:
@@ -51,7 +56,7 @@ def ranges_for(graph: Graph, signature: Signature, sizes: Sizes) -> dict[str, Ra
     known = {BATCH: sizes.batch, NEW_TOKENS: sizes.new_tokens, NUM_LOGITS: sizes.batch}
     if graph.capacity is not None:
         known = {dim: _clipped(size, graph.capacity) if dim == NEW_TOKENS else size for dim, size in known.items()}
-    return {dim: Range(1, known[dim].best, known[dim].most) if dim == NUM_LOGITS else known[dim] for dim in sorted(dims)}
+    return {dim: Range(1, known[dim].best, known[dim].most) for dim in sorted(dims)}
 
 
 def profile_for(signature: Signature, ranges: Mapping[str, Range]) -> dict[str, tuple[Shape, Shape, Shape]]:

@@ -4,6 +4,8 @@ That a library can be imported says little: a driver that is too old, a wheel wi
 supported all show only when something runs.
 """
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -83,7 +85,8 @@ def _onnxruntime(provider: str = "CPUExecutionProvider") -> str:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it says, the reason says
     if provider != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
     session = ort.InferenceSession(SQUARE, options, providers=[provider])
     if session.get_providers()[0] != provider:
         raise _UnusableError(f"onnxruntime {ort.__version__} fell back to the CPU: it finds no CUDA or cuDNN libraries")
@@ -124,7 +127,14 @@ def _squared_by_tensorrt(module: Any, flavour: str) -> Any:
     engine = module.Runtime(log).deserialize_cuda_engine(_square_engine(module, flavour, log, is_for_here=True))
     if engine is None:
         raise _UnusableError("TensorRT does not load the engine that it has just built: is this GPU supported?")
-    context, device = engine.create_execution_context(), CudaDevice()
+    device = CudaDevice()
+    try:
+        return _squared_on(engine.create_execution_context(), device)
+    finally:
+        device.close()
+
+
+def _squared_on(context: Any, device: Any) -> Any:
     buffers = {name: device.allocate(_ASKED.nbytes) for name in ("x", "y")}
     device.upload(buffers["x"], _ASKED)
     for name, buffer in buffers.items():
@@ -133,7 +143,6 @@ def _squared_by_tensorrt(module: Any, flavour: str) -> Any:
         raise _UnusableError("TensorRT does not run the engine that it has just built")
     came = np.empty_like(_ASKED)
     device.download(buffers["y"], came)
-    device.close()
     return came
 
 

@@ -5,7 +5,7 @@ One file, so that a session can be examined on a machine without a GPU by giving
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,15 +50,18 @@ class CudaDevice:
     def __init__(self) -> None:
         try:
             from polygraphy import cuda
+            from polygraphy.logger import G_LOGGER
 
+            G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1  # it prints where machines read; the errors here say it
             self._cuda = cuda.wrapper()
-            self.stream = int(self._cuda.create_stream())
         except Exception as failure:  # polygraphy's own exception, or the loader's
             raise BackendError(
                 f"CUDA's runtime library does not start ({failure}): install polygraphy, and put libcudart where the loader "
                 "finds it (the wheel nvidia-cuda-runtime brings one)"
             ) from None
         self._kinds = cuda.MemcpyKind
+        with _told("starting on the GPU"):
+            self.stream = int(self._cuda.create_stream())
 
     def allocate(self, num_bytes: int) -> DeviceBuffer:
         """Zeroed memory.
@@ -90,15 +93,14 @@ class CudaDevice:
     def upload(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
         """Copy ``values`` to the beginning of ``buffer``, in the order of the stream."""
         data = np.ascontiguousarray(values)
-        self._cuda.memcpy(buffer.address, data.ctypes.data, data.nbytes, self._kinds.HostToDevice, self.stream)
+        with _told("copying to the GPU"):
+            self._cuda.memcpy(buffer.address, data.ctypes.data, data.nbytes, self._kinds.HostToDevice, self.stream)
 
     def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
         """Fill ``values`` from the beginning of ``buffer``; returns when they are there."""
-        self._cuda.memcpy(values.ctypes.data, buffer.address, values.nbytes, self._kinds.DeviceToHost, self.stream)
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        self._cuda.stream_synchronize(self.stream)
+        with _told("computing, or copying from the GPU"):
+            self._cuda.memcpy(values.ctypes.data, buffer.address, values.nbytes, self._kinds.DeviceToHost, self.stream)
+            self._cuda.stream_synchronize(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What ``work`` puts on the stream, as one call that does it again: a CUDA graph.
@@ -113,7 +115,7 @@ class CudaDevice:
         finally:
             self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
         try:
-            self._call("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+            self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         finally:
             self._call("cudaGraphDestroy", graph)
         return _Recorded(self, executable)
@@ -133,6 +135,15 @@ class CudaDevice:
         status = getattr(self._cuda.handle, name)(*arguments)
         if status:
             raise BackendError(f"CUDA failed in {name}: error {status}")
+
+
+@contextlib.contextmanager
+def _told(doing: str) -> Iterator[None]:
+    """Polygraphy's exceptions as this package's."""
+    try:
+        yield
+    except Exception as failure:
+        raise BackendError(f"CUDA failed while {doing}: {failure}") from failure
 
 
 def _pointer(address: int) -> ctypes.c_void_p:

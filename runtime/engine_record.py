@@ -116,13 +116,16 @@ class EngineRecord:
         built, here = self.versions.get(module), versions[module]
         if built is None:
             problems.append(f"it was built by {self.flavour}, and {module} {here} would run it")
-        elif built != here and not self.options.get("version_compatible"):
+        elif built != here and not (self.options.get("version_compatible") and _numbers(here) >= _numbers(built)):
             problems.append(f"it was built by {module} {built}, and {here} is installed here")
         if self.compute_capabilities and compute_capability not in self.compute_capabilities:
             capabilities = ", ".join(self.compute_capabilities)
             problems.append(f"it was built for compute capability {capabilities}, and {gpu} has {compute_capability}")
-        if self.flavour == "tensorrt" and self.gpu != gpu and not self.options.get("hardware_compatible"):
-            problems.append(f"it was built on {self.gpu}, and this is {gpu}")
+        if self.flavour == "tensorrt" and self.gpu != gpu:
+            if not self.options.get("hardware_compatible"):
+                problems.append(f"it was built on {self.gpu}, and this is {gpu}")
+            elif _numbers(compute_capability) < (8,):
+                problems.append(f"it was built for Ampere and later, and {gpu} has compute capability {compute_capability}")
         return problems
 
     def refusals(self, sizes: Mapping[str, int]) -> list[str]:
@@ -132,6 +135,11 @@ class EngineRecord:
             for dim, size in sizes.items()
             if dim in self.ranges and not self.ranges[dim].least <= size <= self.ranges[dim].most
         ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``10.13.0`` as numbers, which order as versions do."""
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def record_of(records: Sequence[EngineRecord], graph: Graph) -> EngineRecord | None:

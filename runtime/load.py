@@ -80,7 +80,7 @@ def best_session(bundle: Bundle, num_threads: int = 0) -> Session:
         if not reason:
             try:
                 return open_session(bundle, name, num_threads)
-            except BackendError as failure:
+            except (BackendError, MemoryError, OSError) as failure:
                 reason = str(failure)
         logger.info("%s is passed over: %s", name, reason)
         reasons.append(f"{name}: {reason}")
@@ -147,12 +147,15 @@ def onnx_session(bundle: Bundle, num_threads: int = 0, device: Literal["cpu", "c
         from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
         steps = [graph for graph in bundle.manifest.graphs if graph.is_step]
-        return CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL))
+        return _as_the_manifest_says(CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL)), bundle)
     if bundle.manifest.precision == "bf16":
         raise BackendError(
             "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"
         )
-    session = OnnxSession(bundle.model_path, bundle.config, num_threads)
+    return _as_the_manifest_says(OnnxSession(bundle.model_path, bundle.config, num_threads), bundle)
+
+
+def _as_the_manifest_says(session: Session, bundle: Bundle) -> Session:
     if session.precision != bundle.manifest.precision:
         session.close()
         raise BundleError(f"the graph is {session.precision} and the manifest says {bundle.manifest.precision}: export again")

@@ -33,6 +33,10 @@ _STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, 
 _BFLOAT16 = 16
 
 
+# Caches of one shape that are kept for the next conversation: device memory that nobody uses.
+MOST_IDLE = 2
+
+
 @dataclass
 class RecordedStep:
     """One step's graph, bound to device memory that never moves, under a number by which onnxruntime knows its record."""
@@ -58,7 +62,8 @@ class Lease:
         self.held, self._idle = held, idle
 
     def __del__(self) -> None:
-        self._idle.append(self.held)
+        if len(self._idle) < MOST_IDLE:
+            self._idle.append(self.held)
 
 
 class CudaOnnxSession(OnnxSession):
@@ -111,10 +116,22 @@ class CudaOnnxSession(OnnxSession):
         with self._lock:
             held = idle.pop() if idle else None
         if held is None:
-            return Lease(Held(self._bind([self._value(nothing.copy()) for _ in range(2 * self.config.num_layers)])), idle)
+            return Lease(self._held(nothing), idle)
         for value in held.buffers.values:
             value.update_inplace(nothing)
         return Lease(held, idle)
+
+    def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
+        """New memory; where there is none left, what is kept for others is given up first."""
+        count = 2 * self.config.num_layers
+        try:
+            return Held(self._bind([self._value(nothing.copy()) for _ in range(count)]))
+        except BackendError:
+            if not any(self._idle.values()):
+                raise
+            for idle in self._idle.values():
+                idle.clear()
+            return Held(self._bind([self._value(nothing.copy()) for _ in range(count)]))
 
     def _value(self, stored: np.ndarray[Any, Any]) -> Any:
         """Keys or values on the device."""
@@ -152,7 +169,10 @@ class CudaOnnxSession(OnnxSession):
         return RecordedStep(binding, values, logits, options)
 
     def _on_device(self, value: np.ndarray[Any, Any]) -> Any:
-        return ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"), self.device, 0)
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"), self.device, 0)
+        except Exception as failure:
+            raise BackendError(f"no memory on the GPU for a step's inputs and logits: {failure}") from failure
 
     def _run_recorded(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> Logits:
         graph, step = loaded.graph, held.steps[loaded.graph]

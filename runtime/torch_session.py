@@ -58,4 +58,7 @@ class TorchSession(Session):
         return values
 
     def release(self) -> None:
+        on_gpu = self.decoder.device.type == "cuda"
         del self.decoder
+        if on_gpu:
+            torch.cuda.empty_cache()  # what torch keeps for itself, the next backend could not have

@@ -63,7 +63,7 @@ class Bound:
     again: Callable[[], None] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
     """Keys and values of every layer on the device, in the order of the signature's past inputs.
 
@@ -139,12 +139,14 @@ class TrtSession(Session):
         self._records_graphs = flavour == "tensorrt"  # the other flavour records by itself
         self._device = CudaDevice() if device is None else device
         self._lock = threading.Lock()  # a context does one pass at a time
-        runtime = self._library.Runtime(self._library.Logger(self._library.Logger.ERROR))
+        self._caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._runtime_cache: Any = None
         self._engines: dict[Graph, LoadedEngine] = {}
-        for graph in bundle.manifest.graphs:
-            record = record_of(records, graph)
-            if record is not None:
-                self._engines[graph] = self._load(bundle.path, graph, record, runtime)
+        try:
+            self._load_all(bundle, records)
+        except BaseException:
+            self.release()
+            raise
         self.passes = {graph.name: 0 for graph in self._engines}
         self.most_rows = min(engine.record.ranges[BATCH].most for engine in self._engines.values())
         self.longest_pass = max(
@@ -167,6 +169,15 @@ class TrtSession(Session):
             problems,
         )
 
+    def _load_all(self, bundle: Bundle, records: list[EngineRecord]) -> None:
+        runtime = self._library.Runtime(self._library.Logger(self._library.Logger.ERROR))
+        if any(one.options.get("version_compatible") for one in records):
+            runtime.engine_host_code_allowed = True  # such engines carry their own runtime; their hashes are checked first
+        for graph in bundle.manifest.graphs:
+            record = record_of(records, graph)
+            if record is not None:
+                self._engines[graph] = self._load(bundle.path, graph, record, runtime)
+
     def _load(self, folder: Path, graph: Graph, record: EngineRecord, runtime: Any) -> LoadedEngine:
         data = (folder / record.file).read_bytes()
         # Whatever else was checked: an engine is code, and only what the manifest bears is run.
@@ -175,12 +186,14 @@ class TrtSession(Session):
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
-                f"TensorRT {self._library.__version__} can not load {record.file}, though version and GPU are those of its "
-                "record: export the bundle again here"
+                f"TensorRT {self._library.__version__} can not load {record.file}: see what it printed (does this flavour "
+                "support this GPU?), or export the bundle again here"
             )
         signature = Signature.of(graph, self.config, DTYPE_OF_PRECISION[self.precision])
         problems = signature.differences(*_found_specs(engine, self._library, signature))
         raise_all(BundleError, f"{record.file} does not keep the graph contract; export the bundle again:", problems)
+        missing = {dim for spec in signature.inputs for dim in spec.dims if isinstance(dim, str)} - set(record.ranges)
+        raise_all(BundleError, f"the record of {record.file} lacks ranges; export the bundle again:", sorted(missing))
         small = [spec for spec in signature.inputs if not spec.name.startswith("past_")]
         return LoadedEngine(
             graph=graph,
@@ -199,6 +212,9 @@ class TrtSession(Session):
         else:
             settings = engine.engine.create_runtime_config()
             settings.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
+            if self._runtime_cache is None:
+                self._runtime_cache = settings.create_runtime_cache()  # kernels are compiled once, not for each context
+            settings.set_runtime_cache(self._runtime_cache)
             context = engine.engine.create_execution_context(settings)
         if context is None:
             free, _ = self._device.memory()
@@ -210,7 +226,10 @@ class TrtSession(Session):
             raise_all(InputError, "the engines were not built for so many rows:", engine.record.refusals({BATCH: batch_size}))
         itemsize = _ITEMSIZES[DTYPE_OF_PRECISION[self.precision]]
         num_bytes = batch_size * self.config.num_kv_heads * capacity * self.config.head_size * itemsize
-        return Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)])
+        with self._lock:  # what is put on the stream must not fall into another conversation's record
+            cache = Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)])
+        self._caches.add(cache)
+        return cache
 
     def grow_buffers(self, buffers: Cache, capacity: int) -> Cache:
         raise AssertionError("the cache has the model's maximum from the start")
@@ -299,8 +318,11 @@ class TrtSession(Session):
             return lambda: self._enqueue(engine, context)
 
     def release(self) -> None:
-        self._engines.clear()
-        self._device.close()
+        with self._lock:
+            for cache in self._caches:
+                cache.steps.clear()  # they hold engines and records
+            self._engines.clear()
+            self._device.close()
 
 
 def _first_gpu() -> Gpu:

@@ -1,6 +1,8 @@
 """Engines built without a GPU: they parse, keep the contract, hold their weights; what can not be built is a sentence."""
 
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -121,11 +123,19 @@ def test_a_pass_is_never_longer_than_the_cache() -> None:
 
 
 def test_sizes_are_read_from_the_command_line() -> None:
-    assert parse_range("1,4,16") == Range(1, 4, 16)
-    assert parse_range("2") == Range(2, 2, 2)
-    for text in ("", "0", "2,1,3", "1,2", "1,2,3,4", "a", "1,-2,3", "9" * 400):
-        with pytest.raises(InputError, match="LEAST,BEST,MOST"):
+    assert parse_range("4,16") == Range(1, 4, 16)
+    assert parse_range("2") == Range(1, 2, 2)
+    for text in ("", "0", "2,1", "1,2,3", "a", "1,-2", "9" * 400, "1,99999999"):
+        with pytest.raises(InputError, match="BEST,MOST"):
             parse_range(text)
+
+
+def test_an_engine_takes_one_row_and_one_token_whatever_was_said() -> None:
+    """The last id of a prompt may come alone, and a step of mixed modalities has one token per row."""
+    graph = PLAN[-1]
+    sizes = Sizes(Range(4, 4, 4), Range(16, 16, 16))
+    ranges = ranges_for(graph, Signature.of(graph, TINY, "float16"), sizes)
+    assert {dim: one.least for dim, one in ranges.items()} == {"b": 1, "n": 1, "s": 1}
 
 
 def test_the_weights_of_an_audio_step_are_a_third_of_a_text_step_at_full_size() -> None:
@@ -219,6 +229,27 @@ def test_an_interrupt_ends_the_build(copied: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_engine(copied / PLAN[0].file_name, PLAN[0], TINY, "float16", RTX, Heard(interrupt))
     assert not list(copied.glob("*.engine"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_build_wherever_it_comes(number: signal.Signals, copied: Path) -> None:
+    def raise_it(which: int, frame: Any) -> None:
+        raise SystemExit(which)
+
+    before = signal.signal(number, raise_it)
+    sent: list[int] = []
+
+    def send(count: int) -> None:
+        if not sent:
+            sent.append(count)
+            os.kill(os.getpid(), number)
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            build_engine(copied / PLAN[0].file_name, PLAN[0], TINY, "float16", RTX, Heard(send))
+    finally:
+        assert signal.signal(number, before) is raise_it
+    assert end.value.code == number
 
 
 def test_the_bar_of_a_build_goes_to_its_end(copied: Path) -> None:

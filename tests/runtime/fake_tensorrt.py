@@ -98,6 +98,7 @@ class Library:
     """What the session uses of TensorRT's module."""
 
     __version__ = "10.13"
+    engine_host_code_allowed = False
     DataType, TensorIOMode, Logger = DataType, TensorIOMode, Logger
 
     def __init__(self, device: HostDevice) -> None:

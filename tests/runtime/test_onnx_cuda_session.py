@@ -20,7 +20,7 @@ from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
-from motrt.runtime.onnx_cuda_session import CudaOnnxSession, Lease
+from motrt.runtime.onnx_cuda_session import MOST_IDLE, CudaOnnxSession, Lease
 from motrt.tests.export.models import torch_session
 
 TINY = ModelConfig.tiny()
@@ -183,10 +183,27 @@ def test_no_memory_is_told_with_a_figure(bundle: Path, monkeypatch: pytest.Monke
         session.prefill([TEXT], "text")
 
 
-def test_a_lease_gives_back_what_it_holds() -> None:
+def test_a_lease_gives_back_what_it_holds_and_no_more_than_will_be_wanted() -> None:
     idle: list[Any] = []
-    held: Any = object()
-    lease = Lease(held, idle)
-    del lease
+    held: list[Any] = [object() for _ in range(MOST_IDLE + 1)]
+    for one in held:
+        lease = Lease(one, idle)
+        del lease
     gc.collect()
-    assert idle == [held]
+    assert idle == held[:MOST_IDLE]
+
+
+def test_what_is_kept_for_others_is_given_up_where_memory_is_short(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(bundle) as session:
+        session.prefill([TEXT, TEXT], "text")
+        gc.collect()
+        assert any(session._idle.values())
+        real = session._value
+
+        def value(stored: Any) -> Any:
+            if any(session._idle.values()):
+                raise BackendError("no memory on the GPU")
+            return real(stored)
+
+        monkeypatch.setattr(session, "_value", value)
+        session.prefill([TEXT], "text")

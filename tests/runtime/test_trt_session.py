@@ -352,3 +352,49 @@ def test_engines_for_another_gpu_are_not_asked(monkeypatch: pytest.MonkeyPatch) 
     assert not can("tensorrt-rtx", EngineOptions("tensorrt-rtx", compute_capabilities=("12.0",)))
     monkeypatch.setattr(export, "probe", lambda backend: Probe(backend, "too old a driver"))
     assert not can("cuda", None)
+
+
+def test_closing_lets_go_of_engines_though_a_cache_lives(bundle: Bundle) -> None:
+    session = opened(bundle)
+    _, cache = session.prefill([TEXT], "text")
+    session.decode_step([1], "text", cache)
+    assert cache.buffers.steps
+    session.close()
+    assert not cache.buffers.steps
+
+
+def test_what_can_not_be_opened_gives_its_stream_back(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Closing(HostDevice):
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(Library, "deserialize_cuda_engine", lambda self, data: None)
+    with pytest.raises(BackendError):
+        opened(bundle, Closing())
+    assert closed == [True]
+
+
+def test_version_compatible_engines_bring_their_own_runtime_and_go_forward_alone(copied: Path) -> None:
+    manifest = open_bundle(copied).manifest
+    device = HostDevice()
+    for built, runs in (("10.9", True), ("10.14", False)):
+        options = {"version_compatible": True}
+        engines = tuple(replace(one, versions={"tensorrt": built}, options=options) for one in manifest.engines)
+        write_manifest(copied, replace(manifest, engines=engines))
+        library = Library(device)
+        if runs:
+            TrtSession(open_bundle(copied), "tensorrt", library, device, L40).close()
+            assert library.engine_host_code_allowed
+        else:
+            with pytest.raises(BackendError, match=r"built by tensorrt 10\.14, and 10\.13 is installed here"):
+                TrtSession(open_bundle(copied), "tensorrt", library, device, L40)
+
+
+def test_a_record_without_a_range_is_refused(copied: Path) -> None:
+    manifest = open_bundle(copied).manifest
+    engines = tuple(replace(one, ranges={}) for one in manifest.engines)
+    write_manifest(copied, replace(manifest, engines=engines))
+    with pytest.raises(BundleError, match=r"(?s)record of decode\.text\.engine lacks ranges.*- b"):
+        opened(open_bundle(copied))
