@@ -27,7 +27,7 @@ from motrt.model_def.signature import PRECISION_OF_DTYPE, Signature, TensorSpec
 from motrt.runtime.bundle import sha256_of
 from motrt.runtime.engine_record import EngineRecord, Range
 from motrt.runtime.gpu import find_gpus
-from motrt.runtime.tensorrt_library import FLAVOURS, tensorrt_for_building
+from motrt.runtime.tensorrt_library import FLAVOURS, spec_of, tensorrt_for_building
 
 logger = logging.getLogger(__name__)
 
@@ -281,27 +281,11 @@ def _layer_problems(layers: Mapping[str, int], config: ModelConfig) -> list[str]
 
 
 def _found_specs(network: Any, module: Any, signature: Signature) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The network's own inputs and outputs. A dynamic dim has no name there: it is taken for the symbol that is expected."""
-    names = {
-        module.DataType.INT64: "int64",
-        module.DataType.FLOAT: "float32",
-        module.DataType.HALF: "float16",
-        module.DataType.BF16: "bfloat16",
-    }
-    symbols = {spec.name: spec.dims for spec in (*signature.inputs, *signature.outputs)}
-
-    def spec_of(tensor: Any) -> TensorSpec:
-        wanted = symbols.get(tensor.name, ())
-        dims = tuple(
-            wanted[axis] if size == -1 and axis < len(wanted) and isinstance(wanted[axis], str) else int(size)
-            for axis, size in enumerate(tensor.shape)
-        )
-        return TensorSpec(tensor.name, names.get(tensor.dtype, str(tensor.dtype)), dims)
-
-    return (
-        tuple(spec_of(network.get_input(number)) for number in range(network.num_inputs)),
-        tuple(spec_of(network.get_output(number)) for number in range(network.num_outputs)),
-    )
+    """The network's own inputs and outputs."""
+    inputs = [network.get_input(number) for number in range(network.num_inputs)]
+    outputs = [network.get_output(number) for number in range(network.num_outputs)]
+    found = ([spec_of(module, signature, one.name, one.dtype, one.shape) for one in some] for some in (inputs, outputs))
+    return tuple(next(found)), tuple(next(found))
 
 
 def _build(

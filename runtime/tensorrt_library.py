@@ -5,10 +5,12 @@ builds without one. Their Python modules have the same names inside.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from motrt.errors import BackendError
+from motrt.model_def.signature import Signature, TensorSpec
 from motrt.runtime.gpu import find_gpus
 
 
@@ -64,3 +66,19 @@ def tensorrt_for_building(flavour: str) -> Any:
             "or choose --target tensorrt-rtx, which builds anywhere (for RTX GPUs)"
         )
     return module
+
+
+def spec_of(module: Any, signature: Signature, name: str, dtype: Any, shape: Sequence[int]) -> TensorSpec:
+    """One input or output as TensorRT has it; a dynamic dim has no name there, and is taken for the symbol that is expected."""
+    names = {
+        module.DataType.INT64: "int64",
+        module.DataType.FLOAT: "float32",
+        module.DataType.HALF: "float16",
+        module.DataType.BF16: "bfloat16",
+    }
+    wanted = next((spec.dims for spec in (*signature.inputs, *signature.outputs) if spec.name == name), ())
+    dims = tuple(
+        wanted[axis] if size == -1 and axis < len(wanted) and isinstance(wanted[axis], str) else int(size)
+        for axis, size in enumerate(shape)
+    )
+    return TensorSpec(name, names.get(dtype, str(dtype)), dims)

@@ -39,7 +39,7 @@ from motrt.runtime.graph_choice import as_contract, choose, feed
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
-from motrt.runtime.tensorrt_library import FLAVOURS, tensorrt_module
+from motrt.runtime.tensorrt_library import FLAVOURS, spec_of, tensorrt_module
 
 logger = logging.getLogger(__name__)
 
@@ -340,25 +340,12 @@ def _most_bytes(spec: TensorSpec, record: EngineRecord) -> int:
 
 
 def _found_specs(engine: Any, library: Any, signature: Signature) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The engine's own inputs and outputs; a dynamic dim is taken for the symbol that is expected there."""
-    names = {
-        library.DataType.INT64: "int64",
-        library.DataType.FLOAT: "float32",
-        library.DataType.HALF: "float16",
-        library.DataType.BF16: "bfloat16",
-    }
-    expected = {spec.name: spec.dims for spec in (*signature.inputs, *signature.outputs)}
-    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
-    for number in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(number)
-        wanted = expected.get(name, ())
-        dims = tuple(
-            wanted[axis] if size == -1 and axis < len(wanted) and isinstance(wanted[axis], str) else int(size)
-            for axis, size in enumerate(engine.get_tensor_shape(name))
-        )
-        dtype = engine.get_tensor_dtype(name)
-        is_output = engine.get_tensor_mode(name) == library.TensorIOMode.OUTPUT
-        found[is_output].append(TensorSpec(name, names.get(dtype, str(dtype)), dims))
+    """The engine's own inputs and outputs, in the signature's order: an engine's own is no part of the contract."""
     order = {spec.name: place for place, spec in enumerate((*signature.inputs, *signature.outputs))}
-    inputs, outputs = (tuple(sorted(specs, key=lambda one: order.get(one.name, len(order)))) for specs in found)
-    return inputs, outputs
+    names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+    found: tuple[list[TensorSpec], list[TensorSpec]] = ([], [])
+    for name in sorted(names, key=lambda one: order.get(one, len(order))):
+        is_output = engine.get_tensor_mode(name) == library.TensorIOMode.OUTPUT
+        dtype, shape = engine.get_tensor_dtype(name), engine.get_tensor_shape(name)
+        found[is_output].append(spec_of(library, signature, name, dtype, shape))
+    return tuple(found[0]), tuple(found[1])
