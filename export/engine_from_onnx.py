@@ -25,7 +25,7 @@ from motrt.model_def.graph import Graph
 from motrt.model_def.parameters import SHARED_HEAD
 from motrt.model_def.signature import PRECISION_OF_DTYPE, Signature, TensorSpec
 from motrt.runtime.bundle import sha256_of
-from motrt.runtime.engine_record import EngineRecord, Range
+from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.tensorrt_library import FLAVOURS, spec_of, tensorrt_for_building
 
@@ -455,8 +455,3 @@ def _capabilities(options: EngineOptions, here: str | None) -> tuple[str, ...]:
     if options.flavour == "tensorrt-rtx":
         return options.compute_capabilities
     return () if options.hardware_compatible or here is None else (here,)
-
-
-def describe_ranges(ranges: Mapping[str, Range]) -> str:
-    """``b 1 to 8, best 1; s 1 to 512, best 128``."""
-    return "; ".join(f"{dim} {one}" for dim, one in ranges.items())

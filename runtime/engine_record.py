@@ -23,9 +23,6 @@ class Range:
     best: int
     most: int
 
-    def __str__(self) -> str:
-        return f"{self.least} to {self.most}, best {self.best}"
-
 
 @dataclass(frozen=True)
 class EngineRecord:

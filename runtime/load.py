@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from motrt.errors import BackendError, BundleError, CheckpointError, InputError
 from motrt.model_def.graph import CANONICAL
@@ -115,7 +115,7 @@ def open_session(bundle: Bundle, backend: str, num_threads: int = 0) -> Session:
         reason = probe("cuda").reason
         if reason:
             raise BackendError(f"onnxruntime can not run on a GPU here: {reason}")
-        return onnx_session(bundle, num_threads, "cuda")
+        return cuda_session(bundle)
     return onnx_session(bundle, num_threads)
 
 
@@ -134,8 +134,16 @@ def source_of(bundle: Bundle) -> Path:
     return source
 
 
-def onnx_session(bundle: Bundle, num_threads: int = 0, device: Literal["cpu", "cuda"] = "cpu") -> Session:
-    """The bundle's graphs in onnxruntime, without its tokenizer: on the CPU the canonical one, which serves every mix.
+def cuda_session(bundle: Bundle) -> Session:
+    """The bundle's graphs in onnxruntime on the first GPU, without its tokenizer; raises as ``onnx_session``."""
+    from motrt.runtime.onnx_cuda_session import CudaOnnxSession
+
+    steps = [graph for graph in bundle.manifest.graphs if graph.is_step]
+    return _as_the_manifest_says(CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL)), bundle)
+
+
+def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
+    """The bundle's canonical graph, which serves every mix, in onnxruntime on the CPU, without its tokenizer.
 
     Raises:
         BackendError: when onnxruntime is not installed or can not run the graph.
@@ -143,11 +151,6 @@ def onnx_session(bundle: Bundle, num_threads: int = 0, device: Literal["cpu", "c
     """
     from motrt.runtime.onnx_session import OnnxSession
 
-    if device == "cuda":
-        from motrt.runtime.onnx_cuda_session import CudaOnnxSession
-
-        steps = [graph for graph in bundle.manifest.graphs if graph.is_step]
-        return _as_the_manifest_says(CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL)), bundle)
     if bundle.manifest.precision == "bf16":
         raise BackendError(
             "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"

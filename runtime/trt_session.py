@@ -22,6 +22,8 @@ from motrt.model_def.graph import Graph
 from motrt.model_def.signature import (
     BATCH,
     DTYPE_OF_PRECISION,
+    HEAD_MASK,
+    LOGITS_INDEX,
     NEW_TOKENS,
     NUM_LOGITS,
     Signature,
@@ -194,7 +196,8 @@ class TrtSession(Session):
         raise_all(BundleError, f"{record.file} does not keep the graph contract; export the bundle again:", problems)
         missing = {dim for spec in signature.inputs for dim in spec.dims if isinstance(dim, str)} - set(record.ranges)
         raise_all(BundleError, f"the record of {record.file} lacks ranges; export the bundle again:", sorted(missing))
-        small = [spec for spec in signature.inputs if not spec.name.startswith("past_")]
+        cached = {name(layer) for layer in range(self.config.num_layers) for name in (past_key, past_value)}
+        small = [spec for spec in signature.inputs if spec.name not in cached]
         return LoadedEngine(
             graph=graph,
             record=record,
@@ -253,9 +256,9 @@ class TrtSession(Session):
         logits = np.empty((wanted, self.config.vocab_size), np.float32)
         for start in range(0, max(1, wanted), most):
             named = feed(engine.graph, inputs)
-            for name in ("logits_index", "head_mask"):
+            for name in (LOGITS_INDEX, HEAD_MASK):
                 named[name] = named[name][start : start + most] if wanted else np.zeros(1, np.int64)
-            count = len(named["logits_index"])
+            count = len(named[LOGITS_INDEX])
             rows = self._pass(engine, named, {**sizes, NUM_LOGITS: count}, count, cache)
             logits[start : start + count] = rows[: wanted - start]
         return logits

@@ -21,7 +21,6 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime import trt_session
 from motrt.runtime.backends import Probe
 from motrt.runtime.bundle import Bundle, open_bundle, write_manifest
-from motrt.runtime.engine_record import Range
 from motrt.runtime.gpu import Gpu, Gpus
 from motrt.runtime.load import load
 from motrt.runtime.trt_session import TrtSession
@@ -247,7 +246,7 @@ def test_an_engine_of_another_hash_is_not_deserialised(copied: Path, monkeypatch
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     monkeypatch.setattr(Library, "deserialize_cuda_engine", lambda self, data: pytest.fail("code was loaded"))
-    with pytest.raises(BundleError, match=r"change|decode\.text\.engine is not the file that was exported"):
+    with pytest.raises(BundleError, match=r"decode\.text\.engine is not the file that was exported"):
         opened(open_bundle(copied))
     assert bundle.manifest.engines[0].file == file.name
 
@@ -287,10 +286,6 @@ def test_the_bundle_still_runs_on_the_cpu(bundle: Bundle, tiny_checkpoint: Path)
     with load(bundle.path, "onnxruntime") as session, torch_session(tiny_checkpoint) as reference:
         came, _ = session.prefill([TEXT], "audio")
         np.testing.assert_allclose(came, reference.prefill([TEXT], "audio")[0], atol=1e-5)
-
-
-def test_ranges_say_what_they_are() -> None:
-    assert str(Range(1, 4, 16)) == "1 to 16, best 4"
 
 
 @pytest.fixture
