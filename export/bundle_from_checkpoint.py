@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from motrt.export.onnx_check import check_onnx
 from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
 from motrt.export.parity.findings import Outcome, Report
 from motrt.export.parity.gate import Subject, climb, climb_session
+from motrt.export.quantized_graph import CodeSource
+from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Advance, Steps
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
@@ -30,6 +33,7 @@ from motrt.model_def.graph import ENGINE_TARGETS, TARGETS, Graph, Target, plan_f
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import Quantization, Scales, Stored, parse_override, stored_bytes_of
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.backends import probe
 from motrt.runtime.bundle import (
@@ -48,10 +52,30 @@ from motrt.runtime.load import open_session, read_tokenizer, source_of
 
 logger = logging.getLogger(__name__)
 
-EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
+EXPORT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+QUANTIZED: dict[str, Stored] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
 PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "polygraphy", "tensorrt-rtx", "tensorrt")
 
 _GRAPH_BYTES = 8 << 20  # more than model.onnx and the manifest ever take
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What people choose of quantised weights; see ``model_def.quantization``.
+
+    Attributes:
+        block_size: inputs that share a scale; None: 128, or the largest that the model's widths allow.
+        symmetric: whether zero is code 0; else every block has a zero point.
+        parts: what is stored otherwise: ``head=int8``, ``expert.audio=int4:32``, ``embedding=none``.
+        scales: ``search`` or ``absmax``.
+        activations: precision that is computed in: None: fp32 for ``--target onnx``, fp16 for GPUs.
+    """
+
+    block_size: int | None = None
+    symmetric: bool = True
+    parts: tuple[str, ...] = ()
+    scales: Scales = "search"
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,21 +103,25 @@ def export_bundle(
     steps: Steps | None = None,
     target: Target = "onnx",
     engine_options: EngineOptions | None = None,
+    quantize_options: QuantizeOptions | None = None,
 ) -> Exported:
     """Trace, check, prove, compile where the target asks for it, and write a bundle.
 
     Args:
         checkpoint_path: a native checkpoint's folder.
         out: the bundle's folder; it must not exist.
-        precision: ``fp32``, ``fp16`` or ``bf16``, of weights, activations and cache.
+        precision: ``fp32``, ``fp16`` or ``bf16``, of weights, activations and cache; or ``int8``, ``int4`` or ``fp8``, of
+            weights alone.
         max_seq_len: most positions per row; None: the checkpoint's.
         allow_untrained: go on though a modality's rows were never trained.
         verify: climb the parity ladder before the bundle is made.
         steps: told of progress.
         target: what the bundle is made for (see ``plan_for``); the canonical graph is in every one.
         engine_options: for targets that are compiled; None: the usual ones.
+        quantize_options: for ``int8``, ``int4`` and ``fp8``; None: the usual ones.
 
     Raises:
+        ConfigError: for formats of weights that do not exist, or do not fit the model.
         CheckpointError: for a checkpoint that is not whole, or holds NaN.
         UntrainedRowsError: naming rows of a modality that was never trained.
         BundleError: for a tokenizer that can not be read.
@@ -104,15 +132,16 @@ def export_bundle(
     """
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
-    config, read = _as_exported(checkpoint, max_seq_len)
     options = _engine_options(target, engine_options)
+    config, read = _as_exported(checkpoint, max_seq_len, precision in QUANTIZED)
+    precision, quantization = _stored_as(precision, quantize_options, config, target)
     if options is not None:
         refuse_options(options, precision)
     on_gpu = verify and _can_prove_on_gpu(target, options)
     _refuse_what_can_not_be(precision, verify and not on_gpu)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
-    work = _Work(config, precision, plan_for(target, config), checkpoint, steps)
+    work = _Work(config, precision, quantization, plan_for(target, config), checkpoint, steps)
     with new_folder(out, work.num_bytes(compiled=options is not None), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
@@ -136,6 +165,7 @@ def export_bundle(
             target=target,
             graphs=work.graphs,
             engines=engines,
+            quantization=quantization,
         )
         if on_gpu:
             on_target = _prove_on_gpu(Bundle(folder, manifest), work)
@@ -152,6 +182,7 @@ class _Work:
 
     config: ModelConfig
     precision: str
+    quantization: Quantization | None
     graphs: tuple[Graph, ...]
     checkpoint: Checkpoint
     steps: Steps
@@ -162,34 +193,41 @@ class _Work:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(one.numel for one in parameters(self.config)) * TORCH_DTYPES[self.dtype].itemsize
+        return stored_bytes_of(self.config, self.quantization, TORCH_DTYPES[self.dtype].itemsize)
 
     def num_bytes(self, compiled: bool) -> int:
         """What will lie on the disk: weights once for all graphs, and again in every engine."""
         itemsize = TORCH_DTYPES[self.dtype].itemsize
-        engines = sum(weight_bytes(graph, self.config, itemsize) + _GRAPH_BYTES for graph in self.graphs) if compiled else 0
+        sizes = (weight_bytes(graph, self.config, itemsize, self.quantization) + _GRAPH_BYTES for graph in self.graphs)
+        engines = sum(sizes) if compiled else 0
         return self.weight_bytes + engines + _bytes_beside_weights(self.checkpoint, self.config)
 
     def write_graphs(self, folder: Path, read: Read) -> dict[str, int]:
         """Trace, write and check every graph; returns the canonical one's operators."""
         with self.steps.step("trace the graph"):
-            model = trace(self.config, self.dtype)
+            model = trace(self.config, self.dtype, quantization=self.quantization)
             attach_weights(model, self.config, self.dtype, read)
+        if self.quantization is not None:
+            source = CodeSource(self.config, self.quantization, self.dtype, read)
+            with self.steps.step("choose the scales", sum(one.numel for one in parameters(self.config)), "parts") as advance:
+                source.choose(advance)
+            source.attach(model)
         with self.steps.step("write the weights", self.weight_bytes) as advance:
             write_onnx(model, folder, advance)
             if self.checkpoint.tokenizer_path is not None:
                 shutil.copyfile(self.checkpoint.tokenizer_path, folder / TOKENIZER_FILE)
         for graph in self.graphs:
             with self.steps.step(f"trace {graph.name}"):
-                write_derived(trace(self.config, self.dtype, graph), graph, folder)
+                write_derived(trace(self.config, self.dtype, graph, self.quantization), graph, folder)
         with self.steps.step("check the graph"):
             for graph in self.graphs:
-                check_onnx(folder / graph.file_name, self.config, self.dtype, graph)
-            return check_onnx(folder / MODEL_FILE, self.config, self.dtype)
+                check_onnx(folder / graph.file_name, self.config, self.dtype, graph, self.quantization)
+            return check_onnx(folder / MODEL_FILE, self.config, self.dtype, quantization=self.quantization)
 
     def build_engines(self, folder: Path, options: EngineOptions) -> tuple[EngineRecord, ...]:
         return tuple(
-            build_engine(folder / graph.file_name, graph, self.config, self.dtype, options, self.steps) for graph in self.graphs
+            build_engine(folder / graph.file_name, graph, self.config, self.dtype, options, self.steps, self.quantization)
+            for graph in self.graphs
         )
 
 
@@ -245,20 +283,25 @@ def verify_bundle(
         )
     files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     if backend != "onnxruntime":
-        return climb_session(lambda: open_session(bundle, backend, num_threads), bundle.config, checkpoint, steps, files)
-    subject = Subject(bundle.model_path, bundle.config, bundle.manifest.precision, files, bundle.manifest.graphs)
+        weights = _quantized_weights(bundle)
+        return climb_session(
+            lambda: open_session(bundle, backend, num_threads), bundle.config, checkpoint, steps, files, weights
+        )
+    manifest = bundle.manifest
+    subject = Subject(bundle.model_path, bundle.config, manifest.precision, files, manifest.graphs, manifest.quantization)
     return climb(subject, checkpoint, steps, num_threads)
 
 
-def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[ModelConfig, Read]:
+def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None, is_quantized: bool) -> tuple[ModelConfig, Read]:
     """The configuration and weights that the graph gets.
 
     A shared head is cut into split ones, exactly: filtering makes the other rows dead weight, and an audio step would
-    read 127 times more of them. A tied head stays the embedding table: cutting it would store it twice.
+    read 127 times more of them. A tied head stays the embedding table: cutting it would store it twice. Quantised it is cut
+    out all the same: a product and a table of rows want their codes laid differently.
     """
     config: ModelConfig = checkpoint.config
     read: Read = checkpoint.read
-    if len(config.modalities) > 1 and not config.tied_embeddings:
+    if is_quantized and config.tied_embeddings or len(config.modalities) > 1 and not config.tied_embeddings:
         config, read = with_head(config, read, "split")
     longest = config.max_seq_len if max_seq_len is None else max_seq_len
     if not 1 <= longest <= MAX_SEQ_LEN:
@@ -268,6 +311,40 @@ def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None) -> tuple[Model
             logger.warning("%d positions are more than the %d of the checkpoint", max_seq_len, config.max_seq_len)
         config = config.replace(max_seq_len=max_seq_len)
     return config, read
+
+
+def _stored_as(
+    precision: str, options: QuantizeOptions | None, config: ModelConfig, target: Target
+) -> tuple[str, Quantization | None]:
+    """What is computed in, and how the weights are stored."""
+    stored = QUANTIZED.get(precision)
+    if stored is None:
+        if options is not None:
+            raise InputError(f"--precision {precision} quantises nothing, and takes no options for it")
+        return precision, None
+    if stored == "fp8" and target not in ENGINE_TARGETS:
+        raise InputError(f"--precision fp8 is for --target {' and '.join(ENGINE_TARGETS)}: onnxruntime has no product for it")
+    options = options or QuantizeOptions()
+    usual = "fp32" if target == "onnx" else "fp16"
+    activations = usual if options.activations is None else options.activations
+    if activations not in DTYPE_OF_PRECISION or activations == "fp64":
+        raise InputError(f"activations are fp32, fp16 or bf16 ({activations!r} came)")
+    quantization = Quantization.usual(
+        stored,
+        config,
+        options.block_size,
+        options.symmetric,
+        "int8" if target == "onnx" else None,  # a GPU gathers rows of what it computes in, and holds a table once anyway
+        [parse_override(part) for part in options.parts],
+        options.scales,
+        ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks into what it computes in
+    )
+    return activations, quantization
+
+
+def _quantized_weights(bundle: Bundle) -> QuantizedWeights | None:
+    quantization = bundle.manifest.quantization
+    return None if quantization is None else QuantizedWeights(bundle.model_path, bundle.config, quantization)
 
 
 def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
@@ -292,7 +369,8 @@ def _prove_on_gpu(bundle: Bundle, work: _Work) -> Report:
     """The very files that will be deployed, by the backend that they are for, before the manifest makes them a bundle."""
     hashes = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     backend = bundle.manifest.target
-    return _passed(climb_session(lambda: open_session(bundle, backend), work.config, work.checkpoint, work.steps, hashes))
+    opened, weights = partial(open_session, bundle, backend), _quantized_weights(bundle)
+    return _passed(climb_session(opened, work.config, work.checkpoint, work.steps, hashes, weights))
 
 
 def _of_engine(report: Report, engine: EngineRecord) -> dict[str, Any]:
@@ -303,7 +381,7 @@ def _of_engine(report: Report, engine: EngineRecord) -> dict[str, Any]:
 
 def _prove(folder: Path, work: _Work, files: Mapping[str, FileRecord]) -> Report:
     hashes = {name: record.sha256 for name, record in files.items()}
-    subject = Subject(folder / MODEL_FILE, work.config, work.precision, hashes, work.graphs)
+    subject = Subject(folder / MODEL_FILE, work.config, work.precision, hashes, work.graphs, work.quantization)
     return _passed(climb(subject, work.checkpoint, work.steps))
 
 

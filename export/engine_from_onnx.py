@@ -23,6 +23,7 @@ from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import Graph
 from motrt.model_def.parameters import SHARED_HEAD
+from motrt.model_def.quantization import Quantization, stored_bytes_of
 from motrt.model_def.signature import PRECISION_OF_DTYPE, Signature, TensorSpec
 from motrt.runtime.bundle import sha256_of
 from motrt.runtime.engine_record import EngineRecord
@@ -111,7 +112,13 @@ def known_capabilities(module: Any) -> list[str]:
 
 
 def build_engine(
-    onnx_file: Path, graph: Graph, config: ModelConfig, dtype: str, options: EngineOptions, steps: Steps
+    onnx_file: Path,
+    graph: Graph,
+    config: ModelConfig,
+    dtype: str,
+    options: EngineOptions,
+    steps: Steps,
+    quantization: Quantization | None = None,
 ) -> EngineRecord:
     """Build one engine, written beside its ONNX file.
 
@@ -122,6 +129,7 @@ def build_engine(
         dtype: of weights and cache.
         options: what people chose; already asked with ``refuse_options``.
         steps: told of progress.
+        quantization: the format of its weights.
 
     Raises:
         ExportError: when the graph can not be parsed or built, is not what the signature says, or when the engine is not what
@@ -130,12 +138,13 @@ def build_engine(
     """
     module = tensorrt_for_building(options.flavour)
     signature = Signature.of(graph, config, dtype)
-    num_bytes = weight_bytes(graph, config, TORCH_DTYPES[dtype].itemsize)
+    num_bytes = weight_bytes(graph, config, TORCH_DTYPES[dtype].itemsize, quantization)
     _refuse_small_memory(graph, num_bytes)
     ranges = ranges_for(graph, signature, options.sizes)
     builder, network, parser = _parse(onnx_file, module, options.flavour)
     layers = _layers(network)
-    problems = signature.differences(*_found_specs(network, module, signature)) + _layer_problems(layers, config)
+    problems = signature.differences(*_found_specs(network, module, signature))
+    problems += _layer_problems(layers, config, graph, quantization)
     raise_all(ExportError, f"{onnx_file.name}, as TensorRT parsed it, is not the graph:", problems)
     told = _told(options)
     logger.info("%s: %s for %s, %s", graph.name, options.flavour, ", ".join(options.compute_capabilities) or "any GPU", told)
@@ -165,19 +174,18 @@ def build_engine(
     )
 
 
-def weight_bytes(graph: Graph, config: ModelConfig, itemsize: int) -> int:
+def weight_bytes(graph: Graph, config: ModelConfig, itemsize: int, quantization: Quantization | None = None) -> int:
     """Bytes of the weights that an engine of ``graph`` holds: of tables, the rows that it can reach."""
     if not graph.is_step:
-        return sum(one.numel for one in graph.parameters(config)) * itemsize
+        return stored_bytes_of(config, quantization, itemsize, graph.parameters(config))
     assert graph.tokens is not None and graph.predicts is not None
     own, predicted = (config.modalities[index].vocab_size for index in (graph.tokens, graph.predicts))
-    numel = config.model_width * (own + (predicted if config.tied_embeddings else 0))
-    for one in graph.parameters(config):
-        if one.name == SHARED_HEAD:
-            numel += predicted * config.model_width
-        elif one.part != "embedding":
-            numel += one.numel
-    return numel * itemsize
+    rows = own + (predicted if config.tied_embeddings else 0)  # of tables that are stored plainly
+    whole = [one for one in graph.parameters(config) if one.part != "embedding"]
+    if any(one.name == SHARED_HEAD for one in whole):
+        rows += predicted
+        whole = [one for one in whole if one.name != SHARED_HEAD]
+    return rows * config.model_width * itemsize + stored_bytes_of(config, quantization, itemsize, whole)
 
 
 def _refuse_small_memory(graph: Graph, num_bytes: int) -> None:
@@ -263,9 +271,13 @@ def _layers(network: Any) -> dict[str, int]:
     return dict(Counter(kinds).most_common())
 
 
-def _layer_problems(layers: Mapping[str, int], config: ModelConfig) -> list[str]:
-    """The layers that must not have been taken apart."""
+def _layer_problems(
+    layers: Mapping[str, int], config: ModelConfig, graph: Graph, quantization: Quantization | None
+) -> list[str]:
+    """The layers that must not have been taken apart, and a ``DEQUANTIZE`` for every weight that is stored as codes."""
+    formats = [quantization.format_of(one) for one in graph.parameters(config)] if quantization else []
     expected = {
+        "DEQUANTIZE": sum(how is not None and how.is_coded for how in formats),
         "KV_CACHE_UPDATE": 2 * config.num_layers,
         "ATTENTION_INPUT": config.num_layers,
         "ATTENTION_OUTPUT": config.num_layers,

@@ -11,16 +11,24 @@ import onnx
 from onnx import TensorProto
 
 from motrt.errors import ExportError, raise_all
+from motrt.export.quantized_graph import stored_specs
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import Quantization, codes_of, scales_of, zero_points_of
 from motrt.model_def.signature import Signature, TensorSpec
 
 _PRODUCTS = ("Gemm", "MatMul")
 _BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
 
 
-def check_onnx(model_file: Path, config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> dict[str, int]:
+def check_onnx(
+    model_file: Path,
+    config: ModelConfig,
+    dtype: str,
+    graph: Graph = CANONICAL,
+    quantization: Quantization | None = None,
+) -> dict[str, int]:
     """Ask every question.
 
     Args:
@@ -28,6 +36,7 @@ def check_onnx(model_file: Path, config: ModelConfig, dtype: str, graph: Graph =
         config: what the graph should compute.
         dtype: of weights and cache.
         graph: which one it should be.
+        quantization: the format of its weights.
 
     Returns:
         The operator census: how many of each operator.
@@ -42,9 +51,13 @@ def check_onnx(model_file: Path, config: ModelConfig, dtype: str, graph: Graph =
     model = onnx.load(model_file, load_external_data=False)
     signature = Signature.of(graph, config, dtype)
     raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
-    raise_all(ExportError, "weights of the checkpoint are not in the graph:", weight_problems(model, config, dtype, graph))
-    raise_all(ExportError, "the graph holds other operators than it should:", census_problems(model, config, graph))
+    weights = weight_problems(model, config, dtype, graph, quantization)
+    raise_all(ExportError, "weights of the checkpoint are not in the graph:", weights)
+    operators = census_problems(model, config, graph, quantization)
+    raise_all(ExportError, "the graph holds other operators than it should:", operators)
     raise_all(ExportError, "operators carry other numbers than the model's:", attribute_problems(model, config))
+    codes = dequantize_problems(model, config, graph, quantization)
+    raise_all(ExportError, "codes are not turned back by their own scales:", codes)
     raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config, graph))
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
     return census(model)
@@ -55,23 +68,31 @@ def contract_problems(model: onnx.ModelProto, signature: Signature) -> list[str]
     return signature.differences(_specs(model.graph.input), _specs(model.graph.output))
 
 
-def weight_problems(model: onnx.ModelProto, config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> list[str]:
-    """Every parameter of the graph must be an initializer of its name, shape and dtype that some node reads; no other may."""
+def weight_problems(
+    model: onnx.ModelProto,
+    config: ModelConfig,
+    dtype: str,
+    graph: Graph = CANONICAL,
+    quantization: Quantization | None = None,
+) -> list[str]:
+    """Every parameter of the graph must be an initializer of its name, shape and type that some node reads; no other may.
+
+    Of a quantised one, the codes and scales must.
+    """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {name for node in model.graph.node for name in node.input}
-    expected_type = _TENSOR_DTYPES[dtype]
-    wanted = graph.parameters(config)
-    absent = {one.name for one in parameters(config)} - {one.name for one in wanted}
+    wanted = stored_specs(config, quantization, dtype, graph)
+    absent = stored_specs(config, quantization, dtype).keys() - wanted.keys()
     problems = [f"{name} belongs to a modality that this graph does not serve" for name in stored if name in absent]
-    for parameter in wanted:
-        tensor = stored.get(parameter.name)
+    for name, (kind, dims) in wanted.items():
+        tensor = stored.get(name)
         if tensor is None:
-            problems.append(f"{parameter.name} is missing")
-        elif tuple(tensor.dims) != parameter.shape or tensor.data_type != expected_type:
-            came = f"{TensorProto.DataType.Name(tensor.data_type).lower()}{list(tensor.dims)}"
-            problems.append(f"{parameter.name} should be {dtype}{list(parameter.shape)} ({came} came)")
-        elif parameter.name not in read:
-            problems.append(f"{parameter.name} is stored and nothing reads it")
+            problems.append(f"{name} is missing")
+        elif tuple(tensor.dims) != dims or tensor.data_type != kind.value:
+            came, expected = (TensorProto.DataType.Name(number).lower() for number in (tensor.data_type, kind.value))
+            problems.append(f"{name} should be {expected}{list(dims)} ({came}{list(tensor.dims)} came)")
+        elif name not in read:
+            problems.append(f"{name} is stored and nothing reads it")
     return problems
 
 
@@ -80,7 +101,9 @@ def census(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def census_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL) -> list[str]:
+def census_problems(
+    model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL, quantization: Quantization | None = None
+) -> list[str]:
     """Standard operators only, no branches, and as many of the telling ones as the model has parts."""
     problems = [
         f"{node.op_type} ({node.name}) is of domain {node.domain!r}, not a standard operator"
@@ -100,6 +123,9 @@ def census_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = 
         "RMSNormalization": norms,
         "Gemm": products + heads,
     }
+    if quantization is not None:
+        formats = [quantization.format_of(one) for one in wanted]
+        expected["DequantizeLinear"] = sum(how is not None and how.is_coded for how in formats)
     if graph.routing != "gather":
         expected["NonZero"] = 0  # compilers that these graphs are made for do not take it
     counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
@@ -137,6 +163,38 @@ def _same_number(value: float | bytes, wanted: float | bytes) -> bool:
     return abs(value - wanted) <= 1e-6 * abs(wanted)  # attributes are float32
 
 
+def dequantize_problems(
+    model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL, quantization: Quantization | None = None
+) -> list[str]:
+    """Every coded weight must be turned back by its own scales and zero points, along its own blocks."""
+    if quantization is None:
+        return []
+    producers = {output: node for node in model.graph.node for output in node.output}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            numbers = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            sources = tuple(_table_behind(name, producers) for name in node.input)
+            found[sources[0]] = (sources[1:], numbers.get("axis", 1), numbers.get("block_size", 0))
+    problems = []
+    for one in graph.parameters(config):
+        how = quantization.format_of(one)
+        if how is None or not how.is_coded:
+            continue
+        is_table = one.part == "embedding"
+        scales = (scales_of(one.name), *(() if how.symmetric else (zero_points_of(one.name),)))
+        axis = 1 if is_table or how.block_size is None else 0
+        wanted = (scales, axis, how.block_size or (one.shape[1] if is_table else 0))
+        if found.get(codes_of(one.name)) != wanted:
+            problems.append(f"{one.name}: {found.get(codes_of(one.name))} turns it back, {wanted} was expected")
+    return problems
+
+
+def _table_behind(name: str, producers: Mapping[str, onnx.NodeProto]) -> str:
+    """The initializer that ``name`` is, or that its rows were gathered from."""
+    return str(producers[name].input[0]) if name in producers and producers[name].op_type == "Gather" else name
+
+
 def routing_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL) -> list[str]:
     """Every product with a routed weight must take rows gathered by modality, so that an absent one costs nothing.
 
@@ -148,13 +206,21 @@ def routing_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph =
     if graph.routing != "gather":
         return []
     producers = {output: node for node in model.graph.node for output in node.output}
-    products = {name: node for node in model.graph.node if node.op_type in _PRODUCTS for name in node.input[1:2]}
+    products = {_weight_behind(node, producers): node for node in model.graph.node if node.op_type in _PRODUCTS}
     routed = [one for one in parameters(config) if one.modality is not None and len(one.shape) == 2]
     return [
         f"{one.name} multiplies rows that were not gathered for {one.modality}"
         for one in routed
         if len(config.modalities) > 1 and one.name in products and not _is_gathered(products[one.name], producers)
     ]
+
+
+def _weight_behind(product: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> str:
+    """The weight that a product multiplies by: its second input, or what the codes that it is made of stand for."""
+    source = producers.get(product.input[1])
+    if source is None or source.op_type != "DequantizeLinear":
+        return str(product.input[1])
+    return str(source.input[0]).removesuffix(codes_of(""))
 
 
 def _is_gathered(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:

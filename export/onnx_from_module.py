@@ -26,12 +26,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from motrt.errors import ExportError
 from motrt.export.example_inputs import dynamic_shapes, example_inputs
+from motrt.export.quantized_graph import quantize_graph
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Cache, Decoder
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.operators import OPSET, rope_tables
 from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.routing import Selected
 from motrt.model_def.signature import Signature
 from motrt.runtime.bundle import MODEL_FILE, WEIGHTS_FILE
@@ -65,13 +67,16 @@ class StepDecoder(Decoder):
 MODULES: dict[str, type[Decoder]] = {"gather": Decoder, "select": SelectingDecoder, "fixed": StepDecoder}
 
 
-def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> ir.Model:
+def trace(
+    config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantization: Quantization | None = None
+) -> ir.Model:
     """A graph of ``config``, its weights named and shaped but without values.
 
     Args:
         config: what to trace; ``max_seq_len`` sizes the rotary tables.
         dtype: of weights, activations and cache: ``float32``, ``float16`` or ``bfloat16``.
         graph: which one.
+        quantization: the format of every weight; None: ``dtype``.
 
     Raises:
         ExportError: when PyTorch can not trace the module.
@@ -107,6 +112,8 @@ def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL) -> ir.Model
     with _quiet_exporter():
         _simplify(model)
     _name_inputs_and_outputs(model, signature)
+    if quantization is not None:
+        quantize_graph(model, config, quantization, dtype)
     return model
 
 
@@ -156,7 +163,7 @@ def write_derived(model: ir.Model, graph: Graph, folder: Path) -> None:
     """
     canonical = ir.load(folder / MODEL_FILE)
     for name, value in model.graph.initializers.items():
-        if not _is_fake(value):
+        if not (_is_fake(value) or isinstance(value.const_value, ir.LazyTensor)):
             continue
         held = canonical.graph.initializers[name].const_value if name in canonical.graph.initializers else None
         placeholder = value.const_value
@@ -220,7 +227,8 @@ def _module_of(scopes: str) -> str:
 
 
 def _is_fake(value: ir.Value) -> bool:
-    return isinstance(getattr(value.const_value, "raw", None), Tensor)
+    """Whether it is a weight of the traced module. (A lazy tensor would be fetched by being looked at.)"""
+    return not isinstance(value.const_value, ir.LazyTensor) and isinstance(getattr(value.const_value, "raw", None), Tensor)
 
 
 def _name_inputs_and_outputs(model: ir.Model, signature: Signature) -> None:

@@ -21,7 +21,12 @@ TORCH_OF_ONNX: dict[int, torch.dtype] = {
     TensorProto.DOUBLE: torch.float64,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.INT8: torch.int8,
+    TensorProto.INT4: torch.int8,  # unpacked: PyTorch has no number of four bits
 }
+
+_HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
 
 def dtype_name(data_type: int) -> str:
@@ -34,6 +39,8 @@ def num_bytes(tensor: TensorProto) -> int:
     """Bytes of an initializer's values; 0 for strings, and for types without a size."""
     if dtype_name(tensor.data_type) in ("unknown", "object"):
         return 0
+    if tensor.data_type in _HALF_BYTES:
+        return (prod(map(int, tensor.dims)) + 1) // 2
     itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
     return prod(map(int, tensor.dims)) * itemsize
 
@@ -75,8 +82,19 @@ def stored_tensor(tensor: TensorProto, folder: Path) -> torch.Tensor:
     Raises:
         BundleError: as ``stored_bytes``.
     """
+    dims = tuple(tensor.dims)
+    if tensor.data_type == TensorProto.INT4 and tensor.data_location != TensorProto.EXTERNAL:
+        return torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype(np.int8)).reshape(dims)
     values = torch.from_numpy(stored_bytes(tensor, folder))
-    return values.view(TORCH_OF_ONNX[tensor.data_type]).reshape(tuple(tensor.dims))
+    if tensor.data_type == TensorProto.INT4:
+        return _unpacked(values)[: prod(dims)].reshape(dims)
+    return values.view(TORCH_OF_ONNX[tensor.data_type]).reshape(dims)
+
+
+def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
+    """Two codes of four bits from every byte, the low half first, their sign bits carried into int8."""
+    low, high = (pairs << 4).view(torch.int8) >> 4, pairs.view(torch.int8) >> 4
+    return torch.stack((low, high), dim=1).flatten()
 
 
 def _entries(tensor: TensorProto) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from motrt.errors import BundleError, ConfigError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import TARGETS, Graph, Target
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 from motrt.runtime.engine_record import EngineRecord
 
@@ -44,7 +45,7 @@ class Manifest:
 
     Attributes:
         config: the model that the graph computes.
-        precision: ``fp32``, ``fp16`` or ``bf16``, of weights and cache.
+        precision: ``fp32``, ``fp16`` or ``bf16``, of activations and cache, and of the weights that are not quantised.
         files: every other file of the bundle, by name.
         source: where the checkpoint lay (``path``) and its ``sha256``.
         versions: of the packages that made the bundle.
@@ -53,6 +54,7 @@ class Manifest:
         target: what the bundle was made for.
         graphs: those derived of the canonical graph, most special first.
         engines: what was compiled of them.
+        quantization: which weights are stored in fewer bits, and how; None: none.
     """
 
     config: ModelConfig
@@ -65,10 +67,16 @@ class Manifest:
     target: Target = "onnx"
     graphs: tuple[Graph, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
+    quantization: Quantization | None = None
 
     @property
     def signature(self) -> Signature:
         return Signature.canonical(self.config, DTYPE_OF_PRECISION[self.precision])
+
+    @property
+    def weights(self) -> str:
+        """What the products' weights are stored as, in a word: ``int4``, or the precision."""
+        return self.precision if self.quantization is None else self.quantization.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the hash of themselves."""
@@ -76,6 +84,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "precision": self.precision,
+            "quantization": None if self.quantization is None else self.quantization.to_dict(),
             "signature": self.signature.to_dict(),
             "files": {name: {"bytes": one.num_bytes, "sha256": one.sha256} for name, one in self.files.items()},
             "source": dict(self.source),
@@ -217,9 +226,14 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             target=values.get("target", "onnx"),
             graphs=tuple(Graph.from_dict(one, config) for one in values.get("graphs", ())),
             engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),
+            quantization=None if (coded := values.get("quantization")) is None else Quantization.from_dict(coded),
         )
         if manifest.target not in TARGETS:
             raise BundleError(f"{folder} is made for {manifest.target!r}, which this motrt does not know: upgrade motrt")
+        if manifest.quantization is not None:
+            raise_all(
+                BundleError, f"{folder}: the manifest contradicts itself; export again:", manifest.quantization.problems(config)
+            )
         if manifest.signature.to_dict() != values["signature"]:
             raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:

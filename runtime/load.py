@@ -155,10 +155,12 @@ def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:
         raise BackendError(
             "onnxruntime's CPU kernels have no bfloat16: run this bundle on a GPU, or export with --precision fp32 or fp16"
         )
-    return _as_the_manifest_says(OnnxSession(bundle.model_path, bundle.config, num_threads), bundle)
+    session = OnnxSession(bundle.model_path, bundle.config, num_threads, quantization=bundle.manifest.quantization)
+    return _as_the_manifest_says(session, bundle)
 
 
 def _as_the_manifest_says(session: Session, bundle: Bundle) -> Session:
+    session.weights = bundle.manifest.weights
     if session.precision != bundle.manifest.precision:
         session.close()
         raise BundleError(f"the graph is {session.precision} and the manifest says {bundle.manifest.precision}: export again")

@@ -99,15 +99,15 @@ class CudaOnnxSession(OnnxSession):
         settings = {"use_tf32": "0"}
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
-    def _open(self, graph: Graph, file: Path, options: Any) -> LoadedGraph:
+    def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         try:
-            return super()._open(graph, file, options)
+            return super()._open(graph, file, options, instead)
         except BackendError as failure:
             if graph not in self._recorded:
                 raise
             logger.warning("steps of %s are not recorded as a CUDA graph: %s", graph.name, failure)
             self._recorded.discard(graph)
-            return super()._open(graph, file, options)
+            return super()._open(graph, file, options, instead)
 
     def make_buffers(self, batch_size: int, capacity: int) -> Any:
         idle = self._idle.setdefault((batch_size, capacity), [])

@@ -14,6 +14,7 @@ import numpy as np
 from motrt.errors import BackendError, BundleError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import (
     FLOAT_DTYPES,
     PRECISION_OF_DTYPE,
@@ -38,6 +39,10 @@ except ImportError as missing:
 
 _DTYPES = {"tensor(double)": "float64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 _DTYPES |= {"tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
+
+# Products over codes: activations as they are, or rounded to 8 bits in blocks, which is what the fast kernels multiply.
+_ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1", "4"
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 error
 
@@ -69,6 +74,10 @@ class OnnxSession(Session):
         log_severity: what onnxruntime prints: 3 errors, 2 warnings too.
         overrides: initializers to replace, by name; parity uses them to poison weights.
         graphs: which graphs to load, most special first: each pass takes the first that serves it.
+        quantization: of the graphs' weights.
+        exact_activations: multiply codes by activations as they are, and not rounded to 8 bits as the fast kernels have them;
+            parity asks so whether what is left of a difference is that rounding.
+        replaced: serialised graphs to run in the place of files, their external data still beside ``model``.
 
     Attributes:
         passes: how many passes each graph did, by its name.
@@ -86,18 +95,25 @@ class OnnxSession(Session):
         log_severity: int = _ERRORS_ONLY,
         overrides: Mapping[str, Any] | None = None,
         graphs: Sequence[Graph] = (CANONICAL,),
+        quantization: Quantization | None = None,
+        exact_activations: bool = False,
+        replaced: Mapping[Graph, bytes] | None = None,
     ) -> None:
         self.config = config
         self.backend = "onnxruntime (CPU)"
         self._overrides: list[Any] = []  # onnxruntime keeps pointers into them
         self._loaded: dict[Graph, LoadedGraph] = {}
+        if quantization is not None and not exact_activations:
+            self.activation_block = quantization.activation_block(config)
         for graph in graphs:
             file = model if graph == CANONICAL else model.parent / graph.file_name
             options = ort.SessionOptions()
             options.log_severity_level = log_severity
             options.intra_op_num_threads = num_threads
+            options.add_session_config_entry(_ACCURACY_LEVEL, _EXACT if exact_activations else _ROUNDED)
+            options.add_session_config_entry(_DATA_FOLDER, str(model.parent))
             self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
-            self._loaded[graph] = self._open(graph, file, options)
+            self._loaded[graph] = self._open(graph, file, options, (replaced or {}).get(graph))
         self.signature = next(iter(self._loaded.values())).signature
         self.precision = PRECISION_OF_DTYPE[self.signature.cache_dtype]
         self.passes = {graph.name: 0 for graph in self._loaded}
@@ -111,10 +127,10 @@ class OnnxSession(Session):
                 self._overrides.append((value, held))
                 options.add_initializer(name, held)
 
-    def _open(self, graph: Graph, file: Path, options: Any) -> LoadedGraph:
+    def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         name, settings = self._provider(graph)
         try:
-            session = ort.InferenceSession(file, options, providers=[(name, settings)])
+            session = ort.InferenceSession(instead or file, options, providers=[(name, settings)])
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure

@@ -47,7 +47,9 @@ class Session(ABC):
     Attributes:
         config: what the model is.
         backend: what runs it, for people: ``onnxruntime (CPU)``.
-        precision: of weights and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
+        precision: of activations and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
+        activation_block: activations that share one scale where products round them to 8 bits; None: no product does.
+        weights: what the weights are stored as, for people: ``int4``, or the precision again.
         tokenizer: turns text into ids and back; None where the bundle carries none.
         smallest_capacity: positions of the smallest cache; the model's maximum where its graphs know no other.
         most_rows: of a batch; None: as many as memory holds.
@@ -61,6 +63,8 @@ class Session(ABC):
     smallest_capacity = SMALLEST_CAPACITY
     longest_pass = PREFILL_CHUNK
     most_rows: int | None = None
+    activation_block: int | None = None
+    weights: str | None = None
 
     # What a backend writes: four small methods.
 

@@ -29,6 +29,7 @@ STANDARD_LIBRARY_ALONE = (
     "model_def/config.py",
     "model_def/graph.py",
     "model_def/parameters.py",
+    "model_def/quantization.py",
     "model_def/signature.py",
 )
 

@@ -11,7 +11,7 @@ from motrt.export.parity.findings import Finding, Outcome
 from motrt.export.parity.generation import near_tie_margin
 from motrt.export.parity.metrics import RowDifference, compare_rows, summary
 from motrt.export.parity.scenarios import Observation, Scenario, observe
-from motrt.export.parity.tolerances import relative_l2_limit
+from motrt.export.parity.tolerances import limit_of
 from motrt.runtime.session import Session
 
 RUNG = "P4"
@@ -45,7 +45,7 @@ def agreement_findings(session: Session, compared: Sequence[Compared]) -> list[F
     groups: dict[tuple[int, str], list[Compared]] = defaultdict(list)
     for one in compared:
         groups[one.observation.predicted, one.observation.phase].append(one)
-    limit = relative_l2_limit(session.config, session.precision)
+    limit = limit_of(session)
     noise = noise_of(compared)
     return [
         _judge(f"{session.config.modality_names[modality]}, {phase}", group, limit, noise)

@@ -13,7 +13,7 @@ from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.generation import greedy, near_tie_margin
 from motrt.export.parity.metrics import RowDifference, compare_rows
 from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios, with_fewer_rows
-from motrt.export.parity.tolerances import relative_l2_limit
+from motrt.export.parity.tolerances import limit_of
 from motrt.runtime.kv_cache import SMALLEST_CAPACITY
 from motrt.runtime.session import Session
 
@@ -51,7 +51,7 @@ def _read(row: np.ndarray, num_prompt: int, chunk_size: int | None = None) -> Sc
 
 def _compared(session: Session, question: str, expected: Sequence[Observation], came: Sequence[Observation]) -> Finding:
     by_place = {(one.row, one.position): one for one in came}
-    limit = relative_l2_limit(session.config, session.precision)
+    limit = limit_of(session)
     differences = {
         (one.row, one.position): compare_rows(one.logits, by_place[one.row, one.position].logits) for one in expected
     }
@@ -69,7 +69,7 @@ def _within(question: str, differences: dict[tuple[int, int], RowDifference], li
 
 def _alone_and_together(session: Session, batch: Scenario) -> Finding:
     together = observe(session, batch)
-    limit = relative_l2_limit(session.config, session.precision)
+    limit = limit_of(session)
     differences = {}
     for number, (row, num_prompt) in enumerate(zip(batch.rows, batch.num_prompt, strict=True)):
         alone = {one.position: one for one in observe(session, Scenario("alone", (row,), (num_prompt,)))}
@@ -112,7 +112,7 @@ def _streamed(session: Session, batch: Scenario) -> Finding:
         if len(streamed[number]) != count:
             return Finding(RUNG, question, Outcome.FAIL, f"row {number}: {len(streamed[number])} tokens came, not {count}")
         at = next(index for index in range(count) if streamed[number][index] != alone.tokens[index])
-        near = alone.margins[at] <= near_tie_margin(alone.rms[at] * relative_l2_limit(session.config, session.precision))
+        near = alone.margins[at] <= near_tie_margin(alone.rms[at] * limit_of(session))
         detail = f"row {number} differs from token {at} on (margin {alone.margins[at]:.3g})"
         if not near:
             return Finding(RUNG, question, Outcome.FAIL, detail)

@@ -11,7 +11,14 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from motrt.export.onnx_check import attribute_problems, census_problems, contract_problems, location_problems, weight_problems
+from motrt.export.onnx_check import (
+    attribute_problems,
+    census_problems,
+    contract_problems,
+    dequantize_problems,
+    location_problems,
+    weight_problems,
+)
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import RUNG
 from motrt.export.parity.findings import Finding, judged
@@ -19,19 +26,27 @@ from motrt.export.parity.scenarios import Scenario, pattern_scenarios
 from motrt.export.stored_weights import data_place
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import Graph
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import Signature
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import modality_of_ids
 
 
-def derived_contract_findings(canonical_file: Path, graph: Graph, config: ModelConfig, dtype: str) -> list[Finding]:
+def derived_contract_findings(
+    canonical_file: Path, graph: Graph, config: ModelConfig, dtype: str, quantization: Quantization | None = None
+) -> list[Finding]:
     """P1 of one derived graph, which lies beside the canonical one."""
     model = onnx.load(canonical_file.parent / graph.file_name, load_external_data=False)
     canonical = onnx.load(canonical_file, load_external_data=False)
     return [
         judged(RUNG, "graph keeps the contract", contract_problems(model, Signature.of(graph, config, dtype))),
-        judged(RUNG, "its weights and no others are in the graph and read", weight_problems(model, config, dtype, graph)),
-        judged(RUNG, "operators are as many as its parts", census_problems(model, config, graph)),
+        judged(
+            RUNG,
+            "its weights and no others are in the graph and read",
+            weight_problems(model, config, dtype, graph, quantization),
+        ),
+        judged(RUNG, "operators are as many as its parts", census_problems(model, config, graph, quantization)),
+        judged(RUNG, "codes are turned back by their own scales", dequantize_problems(model, config, graph, quantization)),
         judged(RUNG, "operators carry the model's numbers", attribute_problems(model, config)),
         judged(RUNG, "external data are one file", location_problems(model)),
         judged(RUNG, "its weights are the canonical graph's very bytes", _place_problems(model, canonical)),

@@ -7,33 +7,33 @@ replace weights (P3) a second session stands beside the first.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
 
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
 from motrt.export.parity.derived import derived_contract_findings, named_for, own_consistency_findings, served, use_finding
-from motrt.export.parity.findings import Finding, Report
+from motrt.export.parity.findings import Finding, Outcome, Report
 from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
-from motrt.export.parity.routing_laws import absence_finding, law_findings, swap_finding
+from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
+from motrt.export.parity.replacement import OnnxReplacement
+from motrt.export.parity.routing_laws import Replacement, absence_finding, law_findings, swap_finding
 from motrt.export.parity.scenarios import NUM_DECODE_STEPS, Observation, Scenario, observe, scenarios, with_fewer_rows
+from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
-from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
 from motrt.runtime.torch_session import TorchSession
-
-Weight = np.ndarray[Any, Any]
 
 # On a GPU steps are cheap, and errors of half precision have further to travel.
 NUM_GPU_STEPS = 64
@@ -52,6 +52,7 @@ class Subject:
         precision: of weights and cache.
         files: sha256 by name of the files examined, for the report.
         graphs: those derived of the canonical one, beside it.
+        quantization: the format of the graphs' weights.
     """
 
     model_file: Path
@@ -59,12 +60,30 @@ class Subject:
     precision: str
     files: Mapping[str, str]
     graphs: tuple[Graph, ...] = ()
+    quantization: Quantization | None = None
 
     def open(
-        self, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,), weights: Mapping[str, Weight] | None = None
+        self, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,), exact: bool = True, **replacements: Any
     ) -> OnnxSession:
-        """A session over some of the graphs, with some weights replaced."""
-        return OnnxSession(self.model_file, self.config, num_threads, overrides=weights, graphs=graphs)
+        """A session over some of the graphs, ``exact`` but for what its precision rounds; see ``OnnxSession``."""
+        return OnnxSession(
+            self.model_file,
+            self.config,
+            num_threads,
+            graphs=graphs,
+            quantization=self.quantization,
+            exact_activations=exact,
+            **replacements,
+        )
+
+    def replacement(self, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,)) -> OnnxReplacement:
+        """The same with weights replaced, for the laws that are seen so."""
+        opened = partial(self.open, num_threads, graphs)
+        return OnnxReplacement(self.model_file, self.dtype, opened, self.quantization, graphs)
+
+    def weights(self) -> QuantizedWeights | None:
+        """What the graphs hold in the place of the checkpoint's weights; None where they hold those."""
+        return None if self.quantization is None else QuantizedWeights(self.model_file, self.config, self.quantization)
 
     @property
     def dtype(self) -> str:
@@ -90,17 +109,22 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         num_threads: onnxruntime's; 0: one per core.
     """
     started = time.perf_counter()
+    config, dtype, quantization = subject.config, subject.dtype, subject.quantization
     with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
-        findings = contract_findings(subject.model_file, subject.config, subject.dtype, checkpoint, advance)
+        findings = contract_findings(subject.model_file, config, dtype, checkpoint, advance, quantization)
         for graph in subject.graphs:
-            findings += named_for(graph, derived_contract_findings(subject.model_file, graph, subject.config, subject.dtype))
+            asked = derived_contract_findings(subject.model_file, graph, config, dtype, quantization)
+            findings += named_for(graph, asked)
+    losses: list[Finding] = []
+    if (weights := subject.weights()) is not None:
+        losses = measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
-        expected = reference(subject.config, checkpoint)
+        expected = reference(config, checkpoint, weights=weights)
     with subject.open(num_threads) as session:
         with steps.step("P2 self-consistency"):
             findings += consistency_findings(session)
         with steps.step("P3 routing laws"):
-            findings += law_findings(session) + _laws_of_weights(session, subject, num_threads)
+            findings += law_findings(session) + _laws_of_weights(session, subject.replacement(num_threads))
         with steps.step("P4 agreement with the reference"):
             compared = compare(session, expected.scenarios)
             findings += agreement_findings(session, compared)
@@ -110,6 +134,10 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     for graph in subject.graphs:
         with steps.step(f"P2 to P5 of {graph.name}"):
             findings += named_for(graph, _climb_derived(subject, graph, expected, num_threads))
+    if quantization is not None and quantization.activation_block(config) is not None:
+        with steps.step("P2 to P4 with rounded activations"):
+            findings += _climb_rounded(subject, expected, num_threads)
+    findings += losses
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files)
 
 
@@ -118,7 +146,7 @@ def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_th
     with subject.open(num_threads, (graph, CANONICAL)) as session:
         findings = own_consistency_findings(session, graph)
         if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
-            findings += law_findings(session) + _laws_of_weights(session, subject, num_threads, (graph, CANONICAL))
+            findings += law_findings(session) + _laws_of_weights(session, subject.replacement(num_threads, (graph, CANONICAL)))
         wanted = served(graph, [scenario for scenario, _ in expected.scenarios], subject.config)
         compared = compare(session, [(scenario, said) for scenario, said in expected.scenarios if scenario in wanted])
         findings += agreement_findings(session, compared)
@@ -126,8 +154,29 @@ def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_th
         return [*findings, use_finding(session.passes[graph.name])]
 
 
+def _climb_rounded(subject: Subject, expected: Expectation, num_threads: int) -> list[Finding]:
+    """P2 to P4 of the canonical graph as it is deployed: its products round activations to 8 bits.
+
+    Weights and routing were asked of it without that, as tightly as of any graph; what is asked here is that the rounding costs
+    no more than rounding can. A near-tie that falls the other way is no question any more.
+    """
+    with subject.open(num_threads, exact=False) as session:
+        compared = compare(session, expected.scenarios)
+        found = [*consistency_findings(session), *law_findings(session), *agreement_findings(session, compared)]
+    settled = {Outcome.AMBIGUOUS: Outcome.PASS}
+    return [
+        replace(one, question=f"{one.question}, activations rounded", outcome=settled.get(one.outcome, one.outcome))
+        for one in found
+    ]
+
+
 def climb_session(
-    open_it: Callable[[], Session], config: ModelConfig, checkpoint: Checkpoint, steps: Steps, files: Mapping[str, str]
+    open_it: Callable[[], Session],
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    steps: Steps,
+    files: Mapping[str, str],
+    weights: QuantizedWeights | None = None,
 ) -> Report:
     """P2 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
 
@@ -137,12 +186,14 @@ def climb_session(
         checkpoint: what it was made of.
         steps: told of progress.
         files: sha256 by name of the files examined, for the report.
+        weights: what is in the place of the checkpoint's weights, where they are quantised.
     """
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
         most_rows = session.most_rows
     with steps.step("reference in PyTorch"):
-        expected = reference(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", NUM_GPU_STEPS, most_rows)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights)
     with open_it() as session:
         with steps.step("P2 self-consistency"):
             findings = consistency_findings(session)
@@ -165,11 +216,18 @@ def reference(
     device: str = "cpu",
     num_steps: int = NUM_DECODE_STEPS,
     most_rows: int | None = None,
+    weights: QuantizedWeights | None = None,
 ) -> Expectation:
-    """Ask the PyTorch decoder everything, then let go of it."""
+    """Ask the PyTorch decoder everything, then let go of it.
+
+    Where weights are quantised it holds what their codes stand for: what is left is not the quantisation's loss, but a fault.
+    """
     size = sum(parameter.numel for parameter in parameters(config))
     precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False
+    if weights is not None:
+        with TorchSession(decoder_of_codes(config, weights, precision, device)) as session:
+            return ask(session, num_steps, most_rows)
     # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
     with TorchSession.open(checkpoint, precision, device, config.max_seq_len) as session:
         return ask(session, num_steps, most_rows)
@@ -185,25 +243,10 @@ def ask(session: Session, num_steps: int = NUM_DECODE_STEPS, most_rows: int | No
     )
 
 
-def _laws_of_weights(
-    session: Session, subject: Subject, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,)
-) -> list[Finding]:
+def _laws_of_weights(session: Session, replacement: Replacement) -> list[Finding]:
     """The laws that are seen by replacing weights; one modality has none to leave out."""
-    if len(subject.config.modalities) < 2:
+    modalities = range(len(session.config.modalities))
+    if len(modalities) < 2:
         return []
-    dtype = np.dtype(subject.dtype)
-
-    def open_with(weights: Mapping[str, Weight]) -> Session:
-        return subject.open(num_threads, graphs, weights)
-
-    stored = {one.name: one for one in onnx.load(subject.model_file, load_external_data=False).graph.initializer}
-
-    def read(name: str) -> Weight:
-        tensor = stored[name]
-        flat: Weight = stored_bytes(tensor, subject.model_file.parent).view(dtype)
-        shaped: Weight = flat.reshape(tuple(tensor.dims)).copy()
-        return shaped
-
-    modalities = range(len(subject.config.modalities))
-    absence = [absence_finding(session, open_with, modality, dtype) for modality in modalities]
-    return [*absence, swap_finding(session, open_with, read)]
+    absence = [absence_finding(session, replacement, modality) for modality in modalities]
+    return [*absence, swap_finding(session, replacement)]

@@ -60,7 +60,7 @@ def compare_rows(expected: Floats, came: Floats) -> RowDifference:
         mean_square=float(np.square(difference).mean()),
         relative_l2=float(np.linalg.norm(difference)) / max(norm, 1e-30),
         cosine=float(wanted @ got) / max(norm * other, 1e-30),
-        kl=_kl(wanted, got),
+        kl=kl_divergence(log_softmax(wanted), log_softmax(got)),
         margin=margin,
         same_top_1=int(np.argmax(wanted)) == int(np.argmax(got)),  # both take the first of equals
         top_k_overlap=overlap,
@@ -88,12 +88,13 @@ def _largest(row: Floats, k: int) -> NDArray[np.intp]:
     return best[np.argsort(-row[best], kind="stable")]
 
 
-def _kl(wanted: Floats, got: Floats) -> float:
-    log_p, log_q = _log_softmax(wanted), _log_softmax(got)
+def kl_divergence(log_p: Floats, log_q: Floats) -> float:
+    """Of one distribution from another, in nats; both given as log probabilities."""
     return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
 
 
-def _log_softmax(row: Floats) -> Floats:
-    shifted = row - row.max()
+def log_softmax(row: Floats) -> Floats:
+    """Log probabilities of one row of logits, in float64."""
+    shifted = row.astype(np.float64) - row.max()
     result: Floats = shifted - np.log(np.exp(shifted).sum())
     return result

@@ -4,25 +4,32 @@ An absent modality's weights are never read (they are poisoned with NaN to see);
 the same; a later token changes no earlier logit; filtered ids never leave their range.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.metrics import compare_rows
 from motrt.export.parity.scenarios import observe, scenarios
-from motrt.export.parity.tolerances import relative_l2_limit
+from motrt.export.parity.tolerances import limit_of
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import Parameter, parameters
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
 
 RUNG = "P3"
-Weights = Mapping[str, np.ndarray[Any, Any]]
-OpenWith = Callable[[Weights], Session]
-
 NUM_POSITIONS = 12
+
+
+class Replacement(Protocol):
+    """Sessions over the same model with some of its weights replaced."""
+
+    def with_poison(self, poisoned: Iterable[Parameter]) -> Session:
+        """NaN for every one of ``poisoned``."""
+
+    def with_exchanged(self, pairs: Mapping[str, str]) -> Session:
+        """The value of ``pairs[name]`` for every ``name``."""
 
 
 def law_findings(session: Session) -> list[Finding]:
@@ -40,7 +47,7 @@ def _causality(session: Session) -> Finding:
     # Half a vocabulary further: other ids, and of other modalities too, so that routing of later positions changes.
     other = row.copy()
     other[changed_at:] = (row[changed_at:] + max(1, config.vocab_size // 2)) % config.vocab_size
-    ids, limit = config.id_ranges[0], relative_l2_limit(config, session.precision)
+    ids, limit = config.id_ranges[0], limit_of(session)
     before, after = (_all_predicting(session, one, modality_of_ids(one, config), 0) for one in (row, other))
     worst = max(
         compare_rows(before[at, ids.start : ids.stop], after[at, ids.start : ids.stop]).relative_l2 for at in range(changed_at)
@@ -78,21 +85,20 @@ def _all_predicting(session: Session, row: np.ndarray[Any, Any], mask: np.ndarra
     return session.execute(inputs, session.new_cache(1, count))
 
 
-def absence_finding(session: Session, open_with: OpenWith, modality: int, dtype: np.dtype[Any]) -> Finding:
+def absence_finding(session: Session, replacement: Replacement, modality: int) -> Finding:
     """With every other modality's weights NaN, a row of ``modality`` alone must come out bit for bit the same.
 
     Args:
         session: the graph as it is.
-        open_with: the graph with some weights replaced, by name.
+        replacement: gives the graph with some weights replaced.
         modality: the one that is present.
-        dtype: of the weights.
     """
     config = session.config
     name = config.modality_names[modality]
     others = [one for one in parameters(config) if one.modality not in (None, name)]
     scenario = scenarios(config, seed=9)[modality]
     expected = observe(session, scenario)
-    with open_with(_poison(others, dtype)) as poisoned:
+    with replacement.with_poison(others) as poisoned:
         came = observe(poisoned, scenario)
     same = all(np.array_equal(a.logits, b.logits) for a, b in zip(expected, came, strict=True))
     problems = [] if same else [f"logits changed when the weights of {', '.join(_names(others))} were NaN"]
@@ -103,19 +109,12 @@ def _names(others: list[Parameter]) -> list[str]:
     return sorted({str(one.modality) for one in others})
 
 
-def _poison(others: list[Parameter], dtype: np.dtype[Any]) -> Weights:
-    """NaN for every parameter, all views of one buffer: poison costs one weight's memory, not all."""
-    nothing = np.full(max(one.numel for one in others), np.nan, dtype)
-    return {one.name: nothing[: one.numel].reshape(one.shape) for one in others}
-
-
-def swap_finding(session: Session, open_with: OpenWith, read: Callable[[str], np.ndarray[Any, Any]]) -> Finding:
+def swap_finding(session: Session, replacement: Replacement) -> Finding:
     """Two modalities' projections and experts swapped, and the mask flipped: the same logits.
 
     Args:
         session: the graph as it is.
-        open_with: the graph with some weights replaced, by name.
-        read: a weight of the graph, by name.
+        replacement: gives the graph with some weights replaced.
     """
     question = "experts swapped and mask flipped give the same"
     config = session.config
@@ -129,10 +128,10 @@ def swap_finding(session: Session, open_with: OpenWith, read: Callable[[str], np
     mask = modality_of_ids(row, config)
     flipped = np.where(mask == 0, 1, np.where(mask == 1, 0, mask))
     expected = _all_predicting(session, row, mask, 0)
-    with open_with({name: read(other) for name, other in swapped.items()}) as other_session:
+    with replacement.with_exchanged(swapped) as other_session:
         came = _all_predicting(other_session, row, flipped, 0)
     ids = config.id_ranges[0]
-    limit = relative_l2_limit(config, session.precision)
+    limit = limit_of(session)
     worst = max(
         compare_rows(a[ids.start : ids.stop], b[ids.start : ids.stop]).relative_l2 for a, b in zip(expected, came, strict=True)
     )

@@ -1,0 +1,98 @@
+"""One graph with some of its weights replaced, for the laws that are seen by replacing them. Files stay as they are.
+
+Plain weights are given to onnxruntime beside the file. Where weights are codes it makes one operator of codes, scales and
+product while it loads the graph, and looks at what is stored in it alone: so the graph itself is changed, in memory.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from motrt.export.stored_weights import stored_bytes
+from motrt.model_def.graph import CANONICAL, Graph
+from motrt.model_def.parameters import Parameter
+from motrt.model_def.quantization import Quantization, codes_of, scales_of, zero_points_of
+from motrt.runtime.onnx_session import OnnxSession
+
+Weight = np.ndarray[Any, Any]
+Open = Callable[..., OnnxSession]
+
+
+class OnnxReplacement:
+    """What the laws need of a graph.
+
+    Args:
+        model_file: the canonical graph, its external data beside it.
+        dtype: of plain weights.
+        open_graphs: opens the graphs, with ``overrides`` or ``replaced`` (see ``OnnxSession``).
+        quantization: of its weights.
+        graphs: the graphs that are opened.
+    """
+
+    def __init__(
+        self,
+        model_file: Path,
+        dtype: str,
+        open_graphs: Open,
+        quantization: Quantization | None = None,
+        graphs: Sequence[Graph] = (CANONICAL,),
+    ) -> None:
+        self._file, self._dtype, self._open = model_file, np.dtype(dtype), open_graphs
+        self._quantization, self._graphs = quantization, graphs
+
+    def with_poison(self, poisoned: Iterable[Parameter]) -> OnnxSession:
+        """The graph with NaN for every one of ``poisoned``: of coded weights, for their scales."""
+        if self._quantization is not None:
+            names = {scales_of(one.name) if self._is_coded(one) else one.name for one in poisoned}
+            return self._with_tensors({name: _nothing(self._stored[name]) for name in names})
+        whole = list(poisoned)
+        # All views of one buffer: poison costs one weight's memory, not all.
+        nothing = np.full(max(one.numel for one in whole), np.nan, self._dtype)
+        return self._open(overrides={one.name: nothing[: one.numel].reshape(one.shape) for one in whole})
+
+    def with_exchanged(self, pairs: Mapping[str, str]) -> OnnxSession:
+        """The graph with the value of ``pairs[name]`` for every ``name``."""
+        if self._quantization is None:
+            return self._open(overrides={name: self._value(other) for name, other in pairs.items()})
+        tensors = {}
+        for name, other in pairs.items():
+            for part in (str, codes_of, scales_of, zero_points_of):
+                if part(name) in self._stored:
+                    tensors[part(name)] = self._stored[part(other)]
+        return self._with_tensors(tensors)
+
+    @cached_property
+    def _stored(self) -> dict[str, TensorProto]:
+        return {one.name: one for one in onnx.load(self._file, load_external_data=False).graph.initializer}
+
+    def _is_coded(self, one: Parameter) -> bool:
+        how = None if self._quantization is None else self._quantization.format_of(one)
+        return how is not None and how.is_coded
+
+    def _value(self, name: str) -> Weight:
+        tensor = self._stored[name]
+        flat: Weight = stored_bytes(tensor, self._file.parent).view(self._dtype)
+        shaped: Weight = flat.reshape(tuple(tensor.dims)).copy()
+        return shaped
+
+    def _with_tensors(self, tensors: Mapping[str, TensorProto]) -> OnnxSession:
+        replaced = {}
+        for graph in self._graphs:
+            model = onnx.load(self._file.parent / graph.file_name, load_external_data=False)
+            for one in model.graph.initializer:
+                if one.name in tensors:
+                    name = one.name
+                    one.CopyFrom(tensors[name])
+                    one.name = name
+            replaced[graph] = model.SerializeToString()
+        return self._open(replaced=replaced)
+
+
+def _nothing(tensor: TensorProto) -> TensorProto:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return onnx.numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, dtype), tensor.name)

@@ -1,0 +1,281 @@
+"""Which weights are stored in fewer bits, and how. Standard library alone: the arithmetic is ``export/quantize.py``.
+
+A quantised weight is whole numbers (*codes*) and, for every block of inputs of every output, one number (*scale*) that turns
+them back: ``weight = (code - zero point) * scale``. Only how weights are stored changes; what a graph computes with is said by
+its precision, as ever. Norms and biases are never quantised: they are few, and every row goes through them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Literal, cast
+
+from motrt.errors import ConfigError, InputError, raise_all
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.parameters import Parameter, parameters
+
+Stored = Literal["int8", "int4", "fp8", "fp16"]
+Scales = Literal["absmax", "search"]
+
+STORED: tuple[Stored, ...] = ("int8", "int4", "fp8", "fp16")
+SCALES: tuple[Scales, ...] = ("absmax", "search")
+QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
+
+# The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
+CODE_RANGE: dict[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7), "fp8": (-448, 448)}
+BITS = {"int8": 8, "int4": 4, "fp8": 8, "fp16": 16}
+
+# onnxruntime and TensorRT have kernels for blocks of these sizes.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+USUAL_BLOCK_SIZE = 128
+
+# What onnxruntime cuts an output's inputs into where they share one scale.
+SMALLEST_FUSED_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is stored.
+
+    Attributes:
+        stored: element type: ``int8``, ``int4`` or ``fp8`` codes, or plain ``fp16`` numbers (the embedding table alone).
+        block_size: inputs that share a scale; None: all inputs of an output.
+        symmetric: whether zero is code 0; else every block has a zero point.
+    """
+
+    stored: Stored
+    block_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        raise_all(ConfigError, f"a weight can not be stored as {self}:", self.problems())
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.stored not in STORED:
+            problems.append(f"the type must be one of {', '.join(STORED)} ({self.stored!r} came)")
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            problems.append(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, or None ({self.block_size!r} came)")
+        if not isinstance(self.symmetric, bool):
+            problems.append(f"symmetric must be true or false ({self.symmetric!r} came)")
+        if self.stored in ("fp8", "fp16") and self.symmetric is False:
+            problems.append(f"{self.stored} has a zero of its own, and takes no zero point")
+        if self.stored == "fp16" and self.block_size is not None:
+            problems.append("fp16 has no scales, and so no blocks")
+        return problems
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is codes and scales, and not plain numbers."""
+        return self.stored in CODE_RANGE
+
+    def num_blocks(self, width: int) -> int:
+        """Scales of one output that has ``width`` inputs."""
+        return 1 if self.block_size is None else width // self.block_size
+
+    def num_bytes(self, parameter: Parameter, scale_bytes: int) -> int:
+        """Bytes of codes, scales and zero points."""
+        if not self.is_coded:
+            return parameter.numel * BITS[self.stored] // 8
+        out, width = parameter.shape
+        num_scales = out * self.num_blocks(width)
+        zero_points = 0 if self.symmetric else num_scales * BITS[self.stored] // 8
+        return parameter.numel * BITS[self.stored] // 8 + num_scales * scale_bytes + zero_points
+
+    def __str__(self) -> str:
+        if self.stored == "fp16":
+            return self.stored
+        blocks = "a scale per output" if self.block_size is None else f"blocks of {self.block_size}"
+        return f"{self.stored}, {blocks}{'' if self.symmetric else ', with zero points'}"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The format of every weight of a model.
+
+    Attributes:
+        formats: (selector, format) pairs. A selector is a part (``attention``, ``expert``, ``head``, ``embedding``), a modality
+            (``audio``), or both (``expert.audio``); of those that fit a weight the last counts. Format None: not quantised.
+        scales: ``absmax`` takes each block's largest magnitude to the largest code, ``search`` tries several scales and keeps
+            the one that loses least.
+    """
+
+    formats: tuple[tuple[str, WeightFormat | None], ...]
+    scales: Scales = "search"
+
+    def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise ConfigError(f"scales must be one of {', '.join(SCALES)} ({self.scales!r} came)")
+
+    @classmethod
+    def usual(
+        cls,
+        stored: Stored,
+        config: ModelConfig,
+        block_size: int | None = None,
+        symmetric: bool = True,
+        table: Stored | None = None,
+        overrides: Sequence[tuple[str, Stored | None, int | None]] = (),
+        scales: Scales = "search",
+        by_output: Sequence[Stored] = ("fp8",),
+    ) -> "Quantization":
+        """Every product's weight alike, but for what is said of parts.
+
+        Args:
+            stored: of attention, experts and heads.
+            config: the model's.
+            block_size: inputs that share a scale; None: ``usual_block_size``.
+            symmetric: whether zero is code 0.
+            table: how the embedding is stored; None: in the graph's precision.
+            overrides: (selector, type, block size) triples, the last that fits a weight counting; type None is the graph's
+                precision, block size None the one above.
+            scales: how they are chosen.
+            by_output: types that have one scale per output where no block size is given.
+
+        Raises:
+            ConfigError: for formats that do not exist, or that the model's widths do not fit.
+        """
+        block = block_size or usual_block_size(config)
+
+        def how(kind: Stored | None, size: int | None, is_table: bool) -> WeightFormat | None:
+            if kind is None or kind == "fp16":
+                return None if kind is None else WeightFormat(kind)
+            usual = block_size if kind in by_output else block
+            return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
+
+        pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
+        pairs.append(("embedding", how(table, None, True)))
+        pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
+        made = cls(tuple(pairs), scales)
+        raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
+        return made
+
+    @property
+    def name(self) -> str:
+        """The type that is meant when nothing is said of parts."""
+        return next((one.stored for _, one in self.formats if one is not None), "none")
+
+    def format_of(self, parameter: Parameter) -> WeightFormat | None:
+        """How ``parameter`` is stored; None: in the graph's own precision."""
+        if len(parameter.shape) != 2 or parameter.part not in QUANTIZED_PARTS:
+            return None
+        mine = (parameter.part, str(parameter.modality), f"{parameter.part}.{parameter.modality}")
+        return next((one for selector, one in reversed(self.formats) if selector in mine), None)
+
+    def activation_block(self, config: ModelConfig) -> int | None:
+        """Activations that share one 8-bit scale where onnxruntime multiplies codes on a CPU; None: it multiplies none.
+
+        Its kernels round activations to 8 bits in the weights' own blocks (and take one scale per output as blocks of 32).
+        """
+        coded = [how for one in parameters(config) if (how := self.format_of(one)) and how.stored in ("int8", "int4")]
+        products = [how.block_size or SMALLEST_FUSED_BLOCK for how in coded]
+        return max(products, default=None)
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Why a model can not be stored so, as sentences; none where it can."""
+        names = config.modality_names
+        known = {*QUANTIZED_PARTS, *names, *(f"{part}.{name}" for part in QUANTIZED_PARTS for name in names)}
+        problems = [
+            f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, modalities {', '.join(names)}"
+            for selector, _ in self.formats
+            if selector not in known
+        ]
+        coded = [(one, how) for one in parameters(config) if (how := self.format_of(one)) is not None]
+        problems += sorted(
+            {
+                f"{one.part}: rows of {one.shape[1]} can not be cut into blocks of {how.block_size}; {_divisors(one.shape[1])}"
+                for one, how in coded
+                if how.block_size is not None and one.shape[1] % how.block_size
+            }
+        )
+        if any(one.part != "embedding" and how.stored == "fp16" for one, how in coded):
+            problems.append("fp16 is for the embedding alone: --precision says what everything else is computed in")
+        if any(one.part == "embedding" and how.stored not in ("int8", "fp16") for one, how in coded):
+            problems.append("the embedding is stored as int8 or fp16, or in the graph's own precision")
+        if any(one.part == "embedding" and not how.symmetric for one, how in coded):
+            problems.append("the embedding takes no zero points")
+        if config.tied_embeddings and coded:
+            problems.append("a head that is tied to the embedding can not be quantised: it must be cut out first")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for the manifest."""
+        return {
+            "scales": self.scales,
+            "formats": [
+                {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))} for selector, one in self.formats
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
+        """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
+        pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
+        return cls(pairs, values["scales"])
+
+
+def parse_override(text: str) -> tuple[str, Stored | None, int | None]:
+    """``head=int8``, ``expert.audio=int4:32`` or ``embedding=none`` (the graph's precision) as selector, type, block size.
+
+    Raises:
+        InputError: for anything else.
+    """
+    selector, _, kind = text.partition("=")
+    stored, _, size = kind.partition(":")
+    if selector and (stored == "none" or stored in STORED) and (not size or size.isdecimal()) and not kind.endswith(":"):
+        return selector, None if stored == "none" else cast(Stored, stored), int(size) if size else None
+    raise InputError(
+        f"a part is PART=TYPE or PART=TYPE:BLOCK, as in head=int8 or expert.audio=int4:32, TYPE one of {', '.join(STORED)} or "
+        f"none ({text!r} came)"
+    )
+
+
+def codes_of(weight: str) -> str:
+    """The initializer that holds the codes of ``weight``: [in, out], or [rows, m] of the embedding table."""
+    return f"{weight}.codes"
+
+
+def scales_of(weight: str) -> str:
+    """The initializer that holds its scales: [in / block, out], [out] without blocks, or [rows, m / block] of the table."""
+    return f"{weight}.scales"
+
+
+def zero_points_of(weight: str) -> str:
+    """The initializer that holds its zero points, shaped as the scales; symmetric formats have none."""
+    return f"{weight}.zero_points"
+
+
+def stored_bytes_of(
+    config: ModelConfig, quantization: Quantization | None, itemsize: int, wanted: Sequence[Parameter] | None = None
+) -> int:
+    """Bytes of a model's weights as they are stored, plain ones and scales taking ``itemsize`` each.
+
+    Args:
+        config: the model's.
+        quantization: the format of every weight; None: all are plain.
+        itemsize: bytes of a plain number.
+        wanted: the weights that are counted; None: all.
+    """
+    formats = [(one, quantization.format_of(one) if quantization else None) for one in wanted or parameters(config)]
+    return sum(one.numel * itemsize if how is None else how.num_bytes(one, itemsize) for one, how in formats)
+
+
+def usual_block_size(config: ModelConfig) -> int | None:
+    """The largest block up to 128 that cuts every width of ``config`` evenly; None where not even the smallest does."""
+    common = gcd(*(one.shape[1] for one in parameters(config) if len(one.shape) == 2))
+    return max((size for size in BLOCK_SIZES if size <= USUAL_BLOCK_SIZE and common % size == 0), default=None)
+
+
+def _divisors(width: int) -> str:
+    fitting = [str(size) for size in BLOCK_SIZES if width % size == 0]
+    return f"blocks of {', '.join(fitting)} fit" if fitting else "no block size fits: keep that part in the graph's precision"
+
+
+def _format_to_dict(one: WeightFormat) -> dict[str, Any]:
+    return {"stored": one.stored, "block_size": one.block_size, "symmetric": one.symmetric}
+
+
+def _format_from_dict(values: Mapping[str, Any]) -> WeightFormat | None:
+    if values["stored"] is None:
+        return None
+    return WeightFormat(values["stored"], values["block_size"], values["symmetric"])
