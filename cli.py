@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from importlib.util import find_spec
@@ -293,10 +294,49 @@ def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
     )
 
 
+QUANTIZE_OPTIONS = (
+    click.option(
+        "--block-size", type=click.IntRange(1), help="Weights that share a scale.  [default: 128, or what the widths allow]"
+    ),
+    click.option("--asymmetric", is_flag=True, help="A zero point for every block, too."),
+    click.option("--part", multiple=True, help="Store a part otherwise: head=int8, expert.audio=int4:32, embedding=none."),
+    click.option("--scales", type=click.Choice(["search", "absmax"]), help="How scales are chosen.  [default: search]"),
+    click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help="What codes are multiplied in."),
+)
+QUANTIZE_NAMES = ("block_size", "asymmetric", "part", "scales", "activations")
+
+
+def quantize_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What is said of weights that are stored as codes."""
+    for option in reversed(QUANTIZE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def chosen_quantize_options(precision: str, given: dict[str, Any]) -> Any:
+    """What was said of quantised weights; None for precisions that quantise nothing."""
+    from motrt.export.bundle_from_checkpoint import QUANTIZED, QuantizeOptions
+
+    said = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, False, ())]
+    if precision not in QUANTIZED:
+        if said:
+            raise click.UsageError(f"{', '.join(said)}: for --precision {', '.join(QUANTIZED)} alone")
+        return None
+    return QuantizeOptions(
+        given["block_size"], not given["asymmetric"], given["part"], given["scales"] or "search", given["activations"]
+    )
+
+
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4", "fp8"]),
+    default="fp32",
+    show_default=True,
+    help="Of everything; int8, int4 and fp8 of the weights alone.",
+)
 @click.option("--max-seq-len", type=click.IntRange(1), help="Most positions per row; the checkpoint's where not said.")
 @click.option("--allow-untrained", is_flag=True, help="Go on though a modality's rows were never trained.")
 @click.option("--no-verify", is_flag=True, help="Do not climb the parity ladder; the manifest says so.")
@@ -307,6 +347,7 @@ def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
     show_default=True,
     help="What to make the bundle for; the canonical graph is in every one.",
 )
+@quantize_options
 @engine_options
 @json_option
 @mends
@@ -319,12 +360,14 @@ def export(
     no_verify: bool,
     target: Any,
     as_json: bool,
-    **engine: Any,
+    **chosen: Any,
 ) -> None:
     """Export CHECKPOINT to the folder BUNDLE, and prove that it is still the model.
 
     --target tensorrt builds on the GPU that will run the engines; --target tensorrt-rtx builds anywhere, for RTX GPUs. Both
-    take --precision fp16 or bf16. --target cuda adds graphs for onnxruntime on a GPU.
+    compute in fp16 or bf16. --target cuda adds graphs for onnxruntime on a GPU.
+
+    --precision int8 and int4 store weights as codes and scales: smaller, and on a CPU as much faster.
     """
     needs_export_packages()
     from motrt.export.bundle_from_checkpoint import export_bundle
@@ -339,7 +382,8 @@ def export(
         not no_verify,
         drawn_steps(),
         target,
-        chosen_engine_options(target, engine),
+        chosen_engine_options(target, {name: value for name, value in chosen.items() if name not in QUANTIZE_NAMES}),
+        chosen_quantize_options(precision, {name: chosen[name] for name in QUANTIZE_NAMES}),
     )
     num_bytes = sum(one.num_bytes for one in exported.bundle.manifest.files.values())
     report = None if exported.report is None else exported.report.to_dict()
@@ -453,6 +497,81 @@ def generate(
         results.print(told.speed_table())
 
 
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt", "num_prompt", type=click.IntRange(1, 1 << 16), default=128, show_default=True, help="Ids of a prompt."
+)
+@click.option(
+    "--tokens", "num_tokens", type=click.IntRange(1, 1 << 16), default=48, show_default=True, help="Decode steps of each case."
+)
+@click.option("--batch", "batch_size", type=click.IntRange(1, 1 << 10), default=1, show_default=True, help="Rows of each case.")
+@click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
+@json_option
+@mends
+def bench(bundle: Path, num_prompt: int, num_tokens: int, batch_size: int, backend: str, threads: int, as_json: bool) -> None:
+    """Measure BUNDLE: prefill and decode of each modality and of a mixed batch, and the share of what memory allows.
+
+    The last line is one JSON document (with --json the only one). Nothing else should run beside it.
+    """
+    from motrt.runtime.benchmark import benchmark, num_parts
+    from motrt.runtime.bundle import is_bundle, open_bundle
+    from motrt.runtime.load import load
+
+    quantization = open_bundle(bundle).manifest.quantization if is_bundle(bundle) and backend != "torch" else None
+    with load(bundle, backend, "size", threads) as session, bench_bar(num_parts(session, num_tokens)) as advance:
+        found = benchmark(session, quantization, num_prompt, num_tokens, batch_size, advance)
+    if not as_json:
+        for one in bench_tables(found):
+            results.print(one)
+    click.echo(json.dumps(found))
+
+
+@contextmanager
+def bench_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; nothing else needs the packages that exports draw theirs with."""
+    from rich.progress import Progress
+
+    with Progress(console=progress, transient=True, disable=not progress.is_terminal) as bars:
+        task = bars.add_task("measure", total=total)
+        yield lambda count: bars.advance(task, count)
+
+
+def bench_tables(found: dict[str, Any]) -> list[Any]:
+    from motrt.export.report import size, table
+
+    def spread(one: dict[str, float]) -> tuple[str, str]:
+        low, high = one["tokens_per_s_quartile_1"], one["tokens_per_s_quartile_3"]
+        return f"{one['tokens_per_s']:.1f}", f"{low:.1f} to {high:.1f}"
+
+    prefill = [(f"{name} prefill", *spread(one), "", "", "") for name, one in found["prefill"].items()]
+    decode = [
+        (
+            f"{name} decode, {one['rows']} row{'s' if one['rows'] > 1 else ''}",
+            *spread(one),
+            size(one["weight_bytes_per_step"]),
+            size(one["cache_bytes_per_step"]),
+            f"{one['share_of_limit']:.0%}",
+        )
+        for name, one in found["decode"].items()
+    ]
+    columns = ["case", "tokens/s>", "quartiles>", "weights read a step>", "cache>", "of memory's limit>"]
+    facts = [
+        ("prompt, then tokens", f"{found['prompt']}, {found['tokens']}"),
+        ("time to the first token", f"{found['seconds_to_first_token'] * 1e3:.0f} ms"),
+        ("memory reads", f"{found['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        ("most memory", "unknown" if found["peak_rss_bytes"] is None else size(found["peak_rss_bytes"])),
+    ]
+    facts += [
+        (f"{name.removesuffix('_seconds_per_s')}", f"{value:.2f} seconds a second")
+        for name, value in found.items()
+        if name.endswith("_seconds_per_s")
+    ]
+    title = f"{found['backend']}, {found['weights']}"
+    return [table(title, columns, prefill + decode), table("beside", ["", ">"], facts)]
+
+
 def parse_ids(text: str) -> list[int]:
     """``1,2,3`` as ids."""
     try:
@@ -478,7 +597,7 @@ class Told:
 
     def __init__(self, session: "Session", num_prompt: int) -> None:
         self.num_prompt = num_prompt
-        self.backend, self.precision = session.backend, session.precision
+        self.backend, self.precision = session.backend, session.weights or session.precision
         self.has_text = session.tokenizer is not None
         self.framed = {one.name for one in session.config.modalities if one.codes_per_frame > 1}
         self.steps: list[Step] = []

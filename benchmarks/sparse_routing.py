@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from motrt.benchmarks.dense import DENSE
 from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
 from motrt.model_def.config import PRESETS, ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
@@ -30,9 +31,6 @@ from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.onnx_session import OnnxSession
 
 PROMPT_LENGTH = 16
-
-
-DENSE = Graph("dense", "select")  # every row takes every route, and ``Where`` keeps the one that was wanted
 
 
 def write_graph(config: ModelConfig, dtype: str, folder: Path, graph: Graph) -> Path:

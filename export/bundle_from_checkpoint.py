@@ -301,7 +301,7 @@ def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None, is_quantized: 
     """
     config: ModelConfig = checkpoint.config
     read: Read = checkpoint.read
-    if is_quantized and config.tied_embeddings or len(config.modalities) > 1 and not config.tied_embeddings:
+    if (is_quantized and config.tied_embeddings) or (len(config.modalities) > 1 and not config.tied_embeddings):
         config, read = with_head(config, read, "split")
     longest = config.max_seq_len if max_seq_len is None else max_seq_len
     if not 1 <= longest <= MAX_SEQ_LEN:
@@ -325,6 +325,12 @@ def _stored_as(
     if stored == "fp8" and target not in ENGINE_TARGETS:
         raise InputError(f"--precision fp8 is for --target {' and '.join(ENGINE_TARGETS)}: onnxruntime has no product for it")
     options = options or QuantizeOptions()
+    overrides = [parse_override(part) for part in options.parts]
+    if target != "onnx" and any(selector.startswith("embedding") and kind for selector, kind, _ in overrides):
+        raise InputError(
+            f"--target {target} cuts the embedding by modality, and takes it in the graph's precision alone: leave "
+            "--part embedding=... out"
+        )
     usual = "fp32" if target == "onnx" else "fp16"
     activations = usual if options.activations is None else options.activations
     if activations not in DTYPE_OF_PRECISION or activations == "fp64":
@@ -335,9 +341,10 @@ def _stored_as(
         options.block_size,
         options.symmetric,
         "int8" if target == "onnx" else None,  # a GPU gathers rows of what it computes in, and holds a table once anyway
-        [parse_override(part) for part in options.parts],
+        overrides,
         options.scales,
         ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks into what it computes in
+        target not in ENGINE_TARGETS,
     )
     return activations, quantization
 

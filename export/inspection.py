@@ -11,6 +11,7 @@ import torch
 
 from motrt.errors import BundleError, InputError, MotrtError
 from motrt.export.onnx_check import census
+from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, stored_tensor
 from motrt.model_def.checkpoint.assemble import Assembly, convert_llama, convert_mot
@@ -23,7 +24,8 @@ from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.health import diagnose, scan
-from motrt.model_def.parameters import num_parameters_read, parameters
+from motrt.model_def.parameters import Parameter, parameters, parameters_read
+from motrt.model_def.quantization import Quantization, stored_bytes_of
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.bundle import Bundle, Manifest, open_bundle, sha256_of
 from motrt.runtime.engine_record import record_of
@@ -71,23 +73,43 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     return {"kind": kind, **_raw(kind, where, steps)}
 
 
-def size_table(config: ModelConfig, bytes_per_weight: int) -> dict[str, Any]:
-    """Parameters by part and modality, and the bytes that one decode step of each modality reads."""
-    counts: dict[tuple[str, str], int] = defaultdict(int)
+def size_table(config: ModelConfig, bytes_per_weight: int, quantization: Quantization | None = None) -> dict[str, Any]:
+    """Parameters by part and modality, and the bytes that one decode step of each modality reads.
+
+    Args:
+        config: the model's.
+        bytes_per_weight: of a weight that is not quantised, and of a scale.
+        quantization: the format of every weight.
+    """
+    groups: dict[tuple[str, str], list[Parameter]] = defaultdict(list)
     for parameter in parameters(config):
-        counts[parameter.part, parameter.modality or "all"] += parameter.numel
+        groups[parameter.part, parameter.modality or "all"].append(parameter)
     rows = [
-        {"part": part, "modality": modality, "parameters": count, "bytes": count * bytes_per_weight}
-        for (part, modality), count in counts.items()
+        {
+            "part": part,
+            "modality": modality,
+            "parameters": sum(one.numel for one in group),
+            "bytes": stored_bytes_of(config, quantization, bytes_per_weight, group),
+            "stored": _told_formats(group, quantization),
+        }
+        for (part, modality), group in groups.items()
     ]
-    read = {name: num_parameters_read(config, name) for name in config.modality_names}
+    read = {name: parameters_read(config, name) for name in config.modality_names}
     return {
         "parameters": rows,
-        "total_parameters": sum(counts.values()),
-        "total_bytes": sum(counts.values()) * bytes_per_weight,
-        "parameters_read_per_step": read,
-        "bytes_read_per_step": {name: count * bytes_per_weight for name, count in read.items()},
+        "total_parameters": sum(row["parameters"] for row in rows),
+        "total_bytes": sum(row["bytes"] for row in rows),
+        "parameters_read_per_step": {name: sum(share.numel for share in shares) for name, shares in read.items()},
+        "bytes_read_per_step": {
+            name: stored_bytes_of(config, quantization, bytes_per_weight, shares) for name, shares in read.items()
+        },
     }
+
+
+def _told_formats(group: Sequence[Parameter], quantization: Quantization | None) -> str:
+    """How the quantised weights among ``group`` are stored; empty where there are none."""
+    formats = [quantization.format_of(one) for one in group] if quantization else []
+    return "; ".join(dict.fromkeys(str(how) for how in formats if how is not None))
 
 
 def _checkpoint(checkpoint: Checkpoint, steps: Steps) -> dict[str, Any]:
@@ -120,19 +142,16 @@ def _hashed(files: Sequence[Path], steps: Steps) -> list[dict[str, Any]]:
 def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
     manifest = bundle.manifest
     dtype = DTYPE_OF_PRECISION[manifest.precision]
-    sizes = size_table(bundle.config, TORCH_DTYPES[dtype].itemsize)
-    stored = {one.name: one for one in _model_proto(bundle.model_path).graph.initializer}
-
-    def read(name: str) -> torch.Tensor:
-        if name not in stored:
-            raise BundleError(f"{bundle.model_path} lacks the weight {name}: export it again")
-        return stored_tensor(stored[name], bundle.path)
+    sizes = size_table(bundle.config, TORCH_DTYPES[dtype].itemsize, manifest.quantization)
+    read = _reader(bundle)
 
     return {
         "path": str(bundle.path),
         "dtype": dtype,
         "config": bundle.config.to_dict(),
         **sizes,
+        "weights": manifest.weights,
+        "quantization": None if manifest.quantization is None else manifest.quantization.to_dict(),
         "health": _health(bundle.config, read, sizes["total_bytes"], steps),
         "signature": manifest.signature.to_dict(),
         "operators": dict(manifest.operators),
@@ -144,6 +163,20 @@ def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
         "versions": dict(manifest.versions),
         "parity": None if manifest.parity is None else dict(manifest.parity),
     }
+
+
+def _reader(bundle: Bundle) -> Read:
+    """The weights that the canonical graph holds, or what its codes stand for."""
+    if bundle.manifest.quantization is not None:
+        return QuantizedWeights(bundle.model_path, bundle.config, bundle.manifest.quantization).read
+    stored = {one.name: one for one in _model_proto(bundle.model_path).graph.initializer}
+
+    def read(name: str) -> torch.Tensor:
+        if name not in stored:
+            raise BundleError(f"{bundle.model_path} lacks the weight {name}: export it again")
+        return stored_tensor(stored[name], bundle.path)
+
+    return read
 
 
 def _planned(graph: Graph, manifest: Manifest) -> dict[str, Any]:

@@ -67,9 +67,7 @@ class StepDecoder(Decoder):
 MODULES: dict[str, type[Decoder]] = {"gather": Decoder, "select": SelectingDecoder, "fixed": StepDecoder}
 
 
-def trace(
-    config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantization: Quantization | None = None
-) -> ir.Model:
+def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantization: Quantization | None = None) -> ir.Model:
     """A graph of ``config``, its weights named and shaped but without values.
 
     Args:
@@ -227,7 +225,7 @@ def _module_of(scopes: str) -> str:
 
 
 def _is_fake(value: ir.Value) -> bool:
-    """Whether it is a weight of the traced module. (A lazy tensor would be fetched by being looked at.)"""
+    """Whether it is a weight of the traced module. A lazy tensor is none, and would be fetched by being looked at."""
     return not isinstance(value.const_value, ir.LazyTensor) and isinstance(getattr(value.const_value, "raw", None), Tensor)
 
 

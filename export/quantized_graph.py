@@ -1,9 +1,9 @@
 """A traced graph whose weights are stored as codes and scales: the same products, each weight turned back where it is used.
 
 Standard operators only. ``Gemm`` by a weight becomes ``DequantizeLinear`` and ``MatMul``, which onnxruntime makes into one
-product over the codes themselves when it loads the graph (``MatMulNBits``), and TensorRT into one over packed weights. Codes lie
-[in, out], blocks along the inputs: the only layout that onnxruntime takes. The embedding's rows are turned back after they are
-gathered, a row of codes and a row of scales for each token.
+product over the codes themselves when it loads the graph (``MatMulNBits``), and TensorRT into one over packed weights. Codes
+lie [in, out], blocks along the inputs: the only layout that onnxruntime takes. The embedding's rows are turned back after they
+are gathered, a row of codes and a row of scales for each token.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,9 @@ from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import Parameter, parameters
 from motrt.model_def.quantization import Quantization, WeightFormat, codes_of, scales_of, zero_points_of
 
+Specs = dict[str, tuple[ir.DataType, tuple[int, ...]]]
+"""Initializers by name: element type and dims."""
+
 CODE_TYPES = {
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
@@ -34,12 +37,10 @@ CODE_TYPES = {
 }
 
 
-def stored_specs(
-    config: ModelConfig, quantization: Quantization | None, dtype: str, graph: Graph = CANONICAL
-) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+def stored_specs(config: ModelConfig, quantization: Quantization | None, dtype: str, graph: Graph = CANONICAL) -> Specs:
     """Name -> element type and dims of every initializer that holds a weight of ``graph``."""
     plain = _ir_type(dtype)
-    found: dict[str, tuple[ir.DataType, tuple[int, ...]]] = {}
+    found: Specs = {}
     for one in graph.parameters(config):
         how = None if quantization is None else quantization.format_of(one)
         if how is None:
@@ -51,13 +52,13 @@ def stored_specs(
     return found
 
 
-def _coded_specs(one: Parameter, how: WeightFormat, plain: ir.DataType) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+def _coded_specs(one: Parameter, how: WeightFormat, plain: ir.DataType) -> Specs:
     out, width = one.shape
     blocks = how.num_blocks(width)
     codes, scales = (width, out), (out,) if how.block_size is None else (blocks, out)
     if one.part == "embedding":
         codes, scales = (out, width), (out, blocks)
-    specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (plain, scales)}
+    specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (plain, scales)}
     return specs if how.symmetric else specs | {zero_points_of(one.name): (CODE_TYPES[how.stored], scales)}
 
 
@@ -82,7 +83,8 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
             _cast_behind_gather(model, value, how, dtype)
             continue
         stored = {
-            name: _without_value(model, name, kind, dims) for name, (kind, dims) in _coded_specs(one, how, _ir_type(dtype)).items()
+            name: _without_value(model, name, kind, dims)
+            for name, (kind, dims) in _coded_specs(one, how, _ir_type(dtype)).items()
         }
         for use in tuple(value.uses()):
             if use.node.op_type == "Gather" and use.idx == 0:
@@ -120,7 +122,7 @@ def _dequantize_behind_gather(
     picked = []
     for name, kept in stored.items():
         picked.append(ir.node("Gather", [kept, ids], {"axis": 0}, name=f"{module}/Gather.{name.rpartition('.')[2]}"))
-        picked[-1].outputs[0].dtype = kept.dtype
+        picked[-1].outputs[0].type = kept.type
     # In blocks even where a row has one scale: without, the operator takes constants alone.
     size = how.block_size or one.shape[1]
     node = ir.node(
@@ -136,15 +138,16 @@ def _dequantize_behind_gather(
 def _cast_behind_gather(model: ir.Model, value: ir.Value, how: WeightFormat, dtype: str) -> None:
     """A table in another floating type: its gathered rows are cast."""
     assert value.const_value is not None and value.name is not None
-    dims = tuple(int(size) for size in value.const_value.shape)
-    value.dtype = CODE_TYPES[how.stored]
-    value.const_value = _placeholder(value.name, value.dtype, dims)
+    dims = tuple(value.const_value.shape.numpy())
+    kind = CODE_TYPES[how.stored]
+    value.type = ir.TensorType(kind)
+    value.const_value = _placeholder(value.name, kind, dims)
     for use in tuple(value.uses()):
         if use.node.op_type != "Gather" or use.idx != 0:
             raise ExportError(f"{value.name} can not be stored as {how}: {use.node.op_type} ({use.node.name}) reads it")
         module = str(use.node.name).rpartition("/")[0]
         gather = ir.node("Gather", list(use.node.inputs), {"axis": 0}, name=f"{module}/Gather")
-        gather.outputs[0].dtype = value.dtype
+        gather.outputs[0].dtype = kind
         cast = ir.node("Cast", [gather.outputs[0]], {"to": _ir_type(dtype).value}, name=f"{module}/Cast")
         _typed(cast, use.node.outputs[0])
         _replace(model, use.node, [gather, cast])
@@ -160,7 +163,7 @@ def _dequantize(
 
 
 def _typed(node: ir.Node, like: ir.Value) -> None:
-    node.outputs[0].dtype, node.outputs[0].shape = like.dtype, like.shape
+    node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
 
 
 def _replace(model: ir.Model, old: ir.Node, new: list[ir.Node]) -> None:
@@ -200,7 +203,8 @@ class CodeSource:
     """
 
     def __init__(self, config: ModelConfig, quantization: Quantization, dtype: str, read: Read) -> None:
-        self._read, self._dtype, self._method = read, TORCH_DTYPES[dtype], quantization.scales
+        self._read, self._dtype = read, TORCH_DTYPES[dtype]
+        self._method, self._signed = quantization.scales, quantization.signed
         self._formats = {one.name: (one, how) for one in parameters(config) if (how := quantization.format_of(one)) is not None}
         self._chosen: dict[str, BlockScales] = {}
 
@@ -208,7 +212,12 @@ class CodeSource:
         """Choose all scales; ``advance`` is told the elements of each weight."""
         for name, (one, how) in self._formats.items():
             if how.is_coded:
-                self._chosen[name] = choose_scales(self._read(name), how, self._method, self._dtype)
+                self._chosen[name] = choose_scales(self._read(name), how, self._method, self._dtype, self._signed)
+                if not bool(self._chosen[name].scales.isfinite().all()):
+                    raise ExportError(
+                        f"the scales of {name} do not fit {str(self._dtype).removeprefix('torch.')}: compute in another "
+                        "precision, with --activations bf16 or fp32"
+                    )
             advance(one.numel)
 
     def attach(self, model: ir.Model) -> None:

@@ -1,6 +1,7 @@
-"""The quantised weights of a finished graph, read back from its file: what they stand for, and whether they are the checkpoint's.
+"""The quantised weights of a finished graph, read back from its file: what they stand for, and if they are the checkpoint's.
 
-The reader shares nothing with the writer (``quantized_graph``) but the format's description, so that one finds the other's faults.
+How codes and scales lie in the file is written here a second time, and not shared with the writer (``quantized_graph``), so
+that one finds the other's faults.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class QuantizedWeights:
     """
 
     def __init__(self, model_file: Path, config: ModelConfig, quantization: Quantization) -> None:
-        self._folder = model_file.parent
+        self._folder, self._signed = model_file.parent, quantization.signed
         self._stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
         self.formats = {one.name: (one, how) for one in parameters(config) if (how := quantization.format_of(one)) is not None}
 
@@ -56,10 +57,13 @@ class QuantizedWeights:
         one, how = self.formats[name]
         weight = read(name)
         if not how.is_coded:
-            return None if torch.equal(weight.to(torch.float16), self._tensor(name)) else "it is not the checkpoint's in float16"
+            return (
+                None if torch.equal(weight.to(torch.float16), self._tensor(name)) else "it is not the checkpoint's in float16"
+            )
         codes, scales = self._codes(one), self._scales(one, how)
-        if not bool(torch.isfinite(scales.scales.float()).all()) or bool((scales.scales <= 0).any()):
-            return "scales that are not positive numbers"
+        sizes = scales.scales.abs() if self._signed else scales.scales
+        if not bool(torch.isfinite(sizes.float()).all()) or bool((sizes <= 0).any()):
+            return f"scales that are {'zero or no' if self._signed else 'not positive'} numbers"
         wanted = codes_under(weight, how, scales)
         wrong = (wanted.view(torch.uint8) != codes.view(torch.uint8)).any(1)  # bytes: fp8 compares no other way
         if bool(wrong.any()):
@@ -68,7 +72,9 @@ class QuantizedWeights:
         lost, most = (squared_errors(weight, how, codes_under(weight, how, some), some) for some in (scales, usual))
         worse = (lost > most * _SUMMATION_ROOM).any(1)
         if bool(worse.any()):
-            return f"scales of {int(worse.sum())} outputs lose more than the usual ones, first of output {int(worse.nonzero()[0])}"
+            return (
+                f"scales of {int(worse.sum())} outputs lose more than the usual ones, first of output {int(worse.nonzero()[0])}"
+            )
         return None
 
     def coded_names(self) -> Mapping[str, tuple[str, ...]]:

@@ -175,8 +175,8 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
     """Everything that ``inspect`` found, a table a subject."""
     made = [_overview(found)]
     if isinstance(found.get("parameters"), list):
-        rows = [(r["part"], r["modality"], f"{r['parameters']:,}", size(r["bytes"])) for r in found["parameters"]]
-        made.append(table("parameters", ["part", "modality", "number>", "size>"], rows))
+        rows = [(r["part"], r["modality"], f"{r['parameters']:,}", size(r["bytes"]), r["stored"]) for r in found["parameters"]]
+        made.append(table("parameters", ["part", "modality", "number>", "size>", ""], rows))
         steps = [
             (name, f"{found['parameters_read_per_step'][name]:,}", size(num_bytes))
             for name, num_bytes in found["bytes_read_per_step"].items()

@@ -6,7 +6,7 @@ read this one table.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from motrt.model_def.config import AdapterExpert, Expert, ModelConfig
@@ -106,18 +106,24 @@ def expert_shapes(expert: Expert, m: int) -> list[tuple[str, tuple[int, ...]]]:
     return shapes
 
 
-def num_parameters_read(config: ModelConfig, modality: str) -> int:
-    """Weights that one decode step of ``modality`` must read: its own and the shared ones, one row of the embedding.
+def parameters_read(config: ModelConfig, modality: str) -> list[Parameter]:
+    """What one decode step of ``modality`` must read: its own weights and the shared ones, one row of the embedding.
 
-    A shared (or tied) head counts as that modality's rows of it: filtering makes the others dead weight.
+    A shared (or tied) head counts as that modality's rows of it: filtering makes the others dead weight. Of weights that are
+    read in part, the shape is that part's.
     """
     own_rows = config.modalities[config.modality_index(modality)].vocab_size
-    total = config.model_width  # the embedding's row
-    for parameter in parameters(config):
-        if parameter.part == "head" and parameter.modality is None:
-            total += own_rows * config.model_width
-        elif parameter.part != "embedding" and parameter.modality in (None, modality):
-            total += parameter.numel
-    if config.tied_embeddings:
-        total += own_rows * config.model_width
-    return total
+    found = []
+    for one in parameters(config):
+        if one.part == "embedding":
+            found.append(replace(one, shape=(1 + (own_rows if config.tied_embeddings else 0), config.model_width)))
+        elif one.part == "head" and one.modality is None:
+            found.append(replace(one, shape=(own_rows, config.model_width)))
+        elif one.modality in (None, modality):
+            found.append(one)
+    return found
+
+
+def num_parameters_read(config: ModelConfig, modality: str) -> int:
+    """Weights that one decode step of ``modality`` must read: see ``parameters_read``."""
+    return sum(one.numel for one in parameters_read(config, modality))

@@ -56,7 +56,8 @@ class WeightFormat:
             problems.append(f"the type must be one of {', '.join(STORED)} ({self.stored!r} came)")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             problems.append(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, or None ({self.block_size!r} came)")
-        if not isinstance(self.symmetric, bool):
+        symmetric: object = self.symmetric
+        if not isinstance(symmetric, bool):
             problems.append(f"symmetric must be true or false ({self.symmetric!r} came)")
         if self.stored in ("fp8", "fp16") and self.symmetric is False:
             problems.append(f"{self.stored} has a zero of its own, and takes no zero point")
@@ -98,10 +99,13 @@ class Quantization:
             (``audio``), or both (``expert.audio``); of those that fit a weight the last counts. Format None: not quantised.
         scales: ``absmax`` takes each block's largest magnitude to the largest code, ``search`` tries several scales and keeps
             the one that loses least.
+        signed: whether ``search`` may choose negative scales, which give positive weights the further end of an uneven range
+            of codes (-8 to 7). onnxruntime takes them; TensorRT does not.
     """
 
     formats: tuple[tuple[str, WeightFormat | None], ...]
     scales: Scales = "search"
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -118,6 +122,7 @@ class Quantization:
         overrides: Sequence[tuple[str, Stored | None, int | None]] = (),
         scales: Scales = "search",
         by_output: Sequence[Stored] = ("fp8",),
+        signed: bool = False,
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
 
@@ -131,6 +136,7 @@ class Quantization:
                 precision, block size None the one above.
             scales: how they are chosen.
             by_output: types that have one scale per output where no block size is given.
+            signed: whether scales may be negative.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
@@ -146,7 +152,7 @@ class Quantization:
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
-        made = cls(tuple(pairs), scales)
+        made = cls(tuple(pairs), scales, signed)
         raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
         return made
 
@@ -176,7 +182,8 @@ class Quantization:
         names = config.modality_names
         known = {*QUANTIZED_PARTS, *names, *(f"{part}.{name}" for part in QUANTIZED_PARTS for name in names)}
         problems = [
-            f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, modalities {', '.join(names)}"
+            f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, "
+            f"modalities {', '.join(names)}"
             for selector, _ in self.formats
             if selector not in known
         ]
@@ -202,8 +209,10 @@ class Quantization:
         """Plain JSON values, for the manifest."""
         return {
             "scales": self.scales,
+            "signed": self.signed,
             "formats": [
-                {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))} for selector, one in self.formats
+                {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))}
+                for selector, one in self.formats
             ],
         }
 
@@ -211,7 +220,7 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        return cls(pairs, values["scales"])
+        return cls(pairs, values["scales"], bool(values["signed"]))
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:

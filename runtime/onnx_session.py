@@ -44,6 +44,9 @@ _DTYPES |= {"tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 _ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1", "4"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
+# It would make one operator of product and bias, and then none of codes, scales and product any more.
+_KEPT_APART = ["MatMulAddFusion"]
+
 _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 error
 
 
@@ -130,7 +133,9 @@ class OnnxSession(Session):
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         name, settings = self._provider(graph)
         try:
-            session = ort.InferenceSession(instead or file, options, providers=[(name, settings)])
+            session = ort.InferenceSession(
+                instead or file, options, providers=[(name, settings)], disabled_optimizers=_KEPT_APART
+            )
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure

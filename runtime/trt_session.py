@@ -167,7 +167,7 @@ class TrtSession(Session):
         raise_all(
             BackendError,
             "these engines can not run here; build them anew with `motrt export "
-            f"{bundle.manifest.source['path']} OUT --target {flavour} --precision {bundle.manifest.precision}{capability}`:",
+            f"{bundle.manifest.source['path']} OUT --target {flavour} --precision {bundle.manifest.weights}{capability}`:",
             problems,
         )
 
@@ -221,7 +221,11 @@ class TrtSession(Session):
             context = engine.engine.create_execution_context(settings)
         if context is None:
             free, _ = self._device.memory()
-            raise BackendError(f"the GPU has too little memory left for {engine.record.file} ({free / 1e9:.2f} GB are free)")
+            needed = getattr(engine.engine, "device_memory_size_v2", 0) / 1e9
+            raise BackendError(
+                f"the GPU has too little memory left for {engine.record.file}: {needed:.2f} GB are needed to run it and "
+                f"{free / 1e9:.2f} GB are free; let go of other caches, or load fewer engines"
+            )
         return context
 
     def make_buffers(self, batch_size: int, capacity: int) -> Cache:
@@ -231,6 +235,10 @@ class TrtSession(Session):
         num_bytes = batch_size * self.config.num_kv_heads * capacity * self.config.head_size * itemsize
         with self._lock:  # what is put on the stream must not fall into another conversation's record
             cache = Cache([self._device.allocate(num_bytes) for _ in range(2 * self.config.num_layers)])
+            sizes = {BATCH: batch_size, NEW_TOKENS: 1}
+            for engine in self._engines.values():  # now: a conversation that has begun must not find the memory gone
+                if engine.graph.is_step:
+                    self._bound(engine, sizes, cache)
         self._caches.add(cache)
         return cache
 

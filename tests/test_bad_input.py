@@ -269,7 +269,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(
 
 
 def test_a_disk_that_fills_up_on_the_way(bench: Bench, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bundle_from_checkpoint, "trace", full)
@@ -431,7 +431,7 @@ EXPORT_SLOWLY = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 from motrt.export import bundle_from_checkpoint as export
-def slow(*arguments):
+def slow(*arguments, **named):
     print("writing", flush=True)
     time.sleep(600)
 export.trace = slow
@@ -468,7 +468,9 @@ def test_a_killed_export_leaves_nothing_that_opens_and_the_next_run_cleans_up(
     interrupted(checkpoint, out, signal.SIGKILL)
     (partial,) = (one for one in bench.folder.iterdir() if one != checkpoint)
     assert not is_bundle(partial)
-    monkeypatch.setattr(bundle_from_checkpoint, "trace", lambda *arguments: (_ for _ in ()).throw(MotrtError("far enough")))
+    monkeypatch.setattr(
+        bundle_from_checkpoint, "trace", lambda *arguments, **named: (_ for _ in ()).throw(MotrtError("far enough"))
+    )
     result = CliRunner().invoke(main, ["export", str(checkpoint), str(out)])
     assert "far enough" in result.stderr
     assert set(bench.folder.iterdir()) == {checkpoint}

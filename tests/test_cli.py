@@ -267,7 +267,7 @@ def test_a_stop_id_ends_a_generation(proven: Path) -> None:
         (("convert", "out", "--native", "a", "--musicgen", "b"), "are laid over --llama"),
         (("init", "out", "--preset", "huge"), "'huge' is not one of"),
         (("init", "out", "--seed", "-1"), "--seed"),
-        (("export", "a", "b", "--precision", "int4"), "'int4' is not one of"),
+        (("export", "a", "b", "--precision", "int3"), "'int3' is not one of"),
         (("export", "a", "b", "--max-seq-len", "0"), "--max-seq-len"),
         (("verify", "b", "--backend", "abacus"), "'abacus' is not one of"),
         (("inspect",), "give a PATH, or --backends"),

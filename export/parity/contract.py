@@ -18,8 +18,8 @@ from motrt.export.onnx_check import (
 )
 from motrt.export.onnx_from_module import ROPE_TABLES
 from motrt.export.parity.findings import Finding, judged
-from motrt.export.steps import Advance
 from motrt.export.quantized_weights import QuantizedWeights
+from motrt.export.steps import Advance
 from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint

@@ -27,7 +27,7 @@ from motrt.runtime import gpu, tensorrt_library
 from motrt.runtime.bundle import open_bundle, sha256_of, write_manifest
 from motrt.runtime.engine_record import EngineRecord, Range
 from motrt.runtime.gpu import Gpu, Gpus
-from motrt.tests.export.models import TIED, TINY
+from motrt.tests.export.models import TIED, TINY, write_random
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -64,6 +64,34 @@ def test_inspect_tells_the_plan_and_every_engine(bundle: Path) -> None:
     assert found["plan"][1]["tokens"] == found["plan"][1]["predicts"] == "audio"
     assert found["plan"][1]["engine"] == "decode.audio.engine" and found["plan"][-1]["engine"] is None
     assert found["engines"][-1]["ranges"] == {"b": [1, 2, 4], "n": [1, 2, 4], "s": [1, 16, 32]}
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4", "fp8"])
+def test_engines_hold_codes_where_the_graph_does(stored: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    export_bundle(tiny_checkpoint, out, stored, verify=False, target="tensorrt-rtx", engine_options=RTX)
+    manifest = open_bundle(out, "hash").manifest
+    assert manifest.precision == "fp16" and manifest.weights == stored and manifest.quantization is not None
+    for engine, graph in zip(manifest.engines, PLAN, strict=True):
+        coded = [one for one in graph.parameters(TINY) if manifest.quantization.format_of(one) is not None]
+        assert engine.layers["DEQUANTIZE"] == len(coded) > 0
+        assert engine.precision == "fp16"
+    # TensorRT takes int8 by output alone: in blocks it would hold what the codes stand for.
+    sizes = {how.block_size for one in coded if (how := manifest.quantization.format_of(one)) is not None}
+    assert sizes == {"int8": {None}, "int4": {32}, "fp8": {None}}[stored]
+
+
+def test_an_engine_of_codes_is_smaller_by_what_the_codes_save(tmp_path: Path) -> None:
+    """The tiny model's engines are all kernels; here weights outweigh them."""
+    config = TINY.replace(modalities=(replace(TINY.modalities[0], vocab_size=16384), TINY.modalities[1]), num_layers=1)
+    checkpoint = write_random(tmp_path / "model", config, 0)
+    sizes = {}
+    for precision in ("fp16", "int4"):
+        out = tmp_path / precision
+        export_bundle(checkpoint, out, precision, verify=False, target="tensorrt-rtx", engine_options=RTX)
+        sizes[precision] = (out / "decode.text.engine").stat().st_size
+    head = config.model_width * 16384  # by far the largest weight: two bytes a number, or a half and a share of a scale
+    assert sizes["fp16"] - sizes["int4"] > 1.3 * head, sizes
 
 
 def test_two_engines_exchanged_are_refused(bundle: Path, tmp_path: Path) -> None:

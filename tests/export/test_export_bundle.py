@@ -138,8 +138,8 @@ def test_bfloat16_unproven_is_written_checked_and_marked(tiny_checkpoint: Path, 
 
 
 def test_an_unknown_precision_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"fp32, fp16, bf16 \('int4' came\)"):
-        export_bundle(tiny_checkpoint, tmp_path / "b", "int4")
+    with pytest.raises(ExportError, match=r"fp32, fp16, bf16, int8, int4, fp8 \('int3' came\)"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", "int3")
     assert leftovers(tmp_path) == []
 
 

@@ -1,6 +1,6 @@
 """Every rung is shown faults, and must see them by its own means: the rungs below it are not asked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from motrt.export.onnx_check import check_onnx, routing_problems
 from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
@@ -26,7 +25,7 @@ from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig, RopeConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.operators import rope_tables
-from motrt.model_def.parameters import parameters
+from motrt.model_def.parameters import Parameter, parameters
 from motrt.model_def.routing import Gathered, Routing
 from motrt.runtime.bundle import WEIGHTS_FILE
 from motrt.runtime.kv_cache import KVCache
@@ -236,22 +235,32 @@ def test_a_model_of_few_positions_can_be_climbed(length: int, config: ModelConfi
 CAUSAL, RANGES = "a later token changes no earlier logit", "filtered ids never leave their range"
 
 
-def opener(checkpoint: Path) -> Callable[[Mapping[str, NDArray[Any]]], Session]:
-    """The decoder of ``checkpoint`` with some weights replaced."""
+class TorchReplacement:
+    """The decoder of a checkpoint with some of its weights replaced."""
 
-    def open_with(weights: Mapping[str, NDArray[Any]]) -> Session:
-        session = torch_session(checkpoint)
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def with_poison(self, poisoned: Iterable[Parameter]) -> Session:
+        session = torch_session(self.checkpoint)
         with torch.no_grad():
-            for name, value in weights.items():
-                session.decoder.get_parameter(name).copy_(torch.from_numpy(value))
+            for one in poisoned:
+                session.decoder.get_parameter(one.name).fill_(torch.nan)
         return session
 
-    return open_with
+    def with_exchanged(self, pairs: Mapping[str, str]) -> Session:
+        session, opened = torch_session(self.checkpoint), open_checkpoint(self.checkpoint)
+        with torch.no_grad():
+            for name, other in pairs.items():
+                session.decoder.get_parameter(name).copy_(opened.read(other))
+        return session
 
 
-def reader(checkpoint: Path) -> Callable[[str], NDArray[Any]]:
-    opened = open_checkpoint(checkpoint)
-    return lambda name: opened.read(name).numpy()
+class Unreplaced(TorchReplacement):
+    """One that replaces nothing."""
+
+    def with_exchanged(self, pairs: Mapping[str, str]) -> Session:
+        return torch_session(self.checkpoint)
 
 
 @pytest.mark.parametrize("config", [TINY, ONE, THREE], ids=["two", "one", "three"])
@@ -260,7 +269,7 @@ def test_p3_has_nothing_to_say_of_the_reference(config: ModelConfig, make_checkp
     session = torch_session(checkpoint)
     assert passed(law_findings(session))
     for modality in range(len(config.modalities)) if len(config.modalities) > 1 else ():
-        assert absence_finding(session, opener(checkpoint), modality, np.dtype(np.float32)).outcome is Outcome.PASS
+        assert absence_finding(session, TorchReplacement(checkpoint), modality).outcome is Outcome.PASS
 
 
 @pytest.mark.parametrize("reach", [1, 100])
@@ -322,7 +331,7 @@ def test_p3_sees_experts_that_are_all_computed(modality: int, tiny_checkpoint: P
     session = torch_session(tiny_checkpoint)
     came = [one.logits for one in observe(session, scenarios(TINY)[2])]
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(expected, came, strict=True))  # nothing but the law tells
-    finding = absence_finding(session, opener(tiny_checkpoint), modality, np.dtype(np.float32))
+    finding = absence_finding(session, TorchReplacement(tiny_checkpoint), modality)
     assert finding.outcome is Outcome.FAIL
 
 
@@ -357,7 +366,7 @@ def test_poison_really_replaces_weights_in_the_graph(tiny_bundle: Path) -> None:
 
 def test_swapped_experts_and_a_flipped_mask_give_the_same(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint(EQUAL)
-    finding = swap_finding(torch_session(checkpoint), opener(checkpoint), reader(checkpoint))
+    finding = swap_finding(torch_session(checkpoint), TorchReplacement(checkpoint))
     assert finding.outcome is Outcome.PASS
 
 
@@ -365,7 +374,7 @@ def test_swapping_sees_a_mask_that_is_not_read(make_checkpoint: MakeCheckpoint, 
     checkpoint = make_checkpoint(EQUAL)
     unread = staticmethod(lambda mask, count: Gathered.by(torch.zeros_like(mask), count))
     monkeypatch.setattr(Decoder, "route", unread)
-    finding = swap_finding(torch_session(checkpoint), opener(checkpoint), reader(checkpoint))
+    finding = swap_finding(torch_session(checkpoint), TorchReplacement(checkpoint))
     assert finding.outcome is Outcome.FAIL
 
 
@@ -374,12 +383,12 @@ def test_the_swap_of_three_modalities_feeds_both_that_are_swapped(make_checkpoin
     config = EQUAL.replace(modalities=(*EQUAL.modalities, replace(EQUAL.modalities[1], name="picture")))
     checkpoint = make_checkpoint(config)
     session = torch_session(checkpoint)
-    assert swap_finding(session, opener(checkpoint), reader(checkpoint)).outcome is Outcome.PASS
-    assert swap_finding(session, lambda weights: torch_session(checkpoint), reader(checkpoint)).outcome is Outcome.FAIL
+    assert swap_finding(session, TorchReplacement(checkpoint)).outcome is Outcome.PASS
+    assert swap_finding(session, Unreplaced(checkpoint)).outcome is Outcome.FAIL
 
 
 def test_experts_of_two_kinds_can_not_be_swapped_and_it_is_said(tiny_checkpoint: Path) -> None:
-    finding = swap_finding(torch_session(tiny_checkpoint), opener(tiny_checkpoint), reader(tiny_checkpoint))
+    finding = swap_finding(torch_session(tiny_checkpoint), TorchReplacement(tiny_checkpoint))
     assert finding.outcome is Outcome.SKIPPED and "text and audio" in finding.detail
 
 

@@ -1,11 +1,11 @@
-"""How much room a cache is given: buckets that double, up to the model's maximum and no further."""
+"""How much room a cache is given: buckets that double, then grow evenly, up to the model's maximum and no further."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from motrt.errors import CapacityError, InputError
-from motrt.runtime.kv_cache import SMALLEST_CAPACITY, capacity_for
+from motrt.runtime.kv_cache import LARGEST_DOUBLED, SMALLEST_CAPACITY, capacity_for
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
@@ -17,17 +17,23 @@ def test_a_bucket_holds_what_was_asked_and_is_never_twice_too_large(num_position
     capacity = capacity_for(num_positions, max_seq_len)
     assert num_positions <= capacity <= max_seq_len
     assert capacity < max(2 * num_positions, SMALLEST_CAPACITY + 1)
+    assert capacity < num_positions + max(LARGEST_DOUBLED, SMALLEST_CAPACITY + 1)
 
 
 @pytest.mark.parametrize(("positions", "capacity"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 200), (200, 200)])
-def test_the_borders_of_the_buckets(positions: int, capacity: int) -> None:
+def test_the_borders_of_the_small_buckets(positions: int, capacity: int) -> None:
     assert capacity_for(positions, 200) == capacity
+
+
+@pytest.mark.parametrize(("positions", "capacity"), [(129, 256), (256, 256), (257, 512), (513, 768), (1025, 1280)])
+def test_the_borders_of_the_large_buckets(positions: int, capacity: int) -> None:
+    assert capacity_for(positions, 8192) == capacity
 
 
 @given(st.integers(1, 10**4))
 def test_there_are_few_buckets(max_seq_len: int) -> None:
     buckets = {capacity_for(positions, max_seq_len) for positions in range(1, max_seq_len + 1)}
-    assert len(buckets) <= 1 + max(0, (max_seq_len // SMALLEST_CAPACITY).bit_length())
+    assert len(buckets) <= 3 + max_seq_len // LARGEST_DOUBLED
     assert max(buckets) == max_seq_len
 
 

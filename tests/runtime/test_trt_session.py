@@ -197,7 +197,7 @@ def test_a_shape_that_tensorrt_refuses_is_named_and_not_taken_for_bound(
     with opened(bundle) as session:
         with monkeypatch.context() as patch:
             patch.setattr(Context, "set_input_shape", lambda self, name, shape: name != "past_key.0")
-            with pytest.raises(BackendError, match=r"(?s)does not take what a pass of prefill\.engine needs.*past_key\.0"):
+            with pytest.raises(BackendError, match=r"(?s)does not take what a pass of decode\.text\.engine needs.*past_key\.0"):
                 session.prefill([TEXT], "text")
         session.prefill([TEXT], "text")
 

@@ -1,0 +1,326 @@
+"""Bundles of codes and scales: what is in them, that they are the model, and that the gate sees what is wrong with one."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import motrt
+from motrt.errors import BundleError, ConfigError, InputError, ParityError
+from motrt.export.bundle_from_checkpoint import QuantizeOptions, export_bundle, verify_bundle
+from motrt.export.inspection import inspect
+from motrt.export.parity import quantization_loss
+from motrt.export.parity.findings import Outcome, Report
+from motrt.export.parity.gate import Subject, climb
+from motrt.export.parity.scenarios import observe, scenarios
+from motrt.export.quantized_weights import QuantizedWeights
+from motrt.export.steps import Steps
+from motrt.model_def.checkpoint.native import open_checkpoint
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.parameters import EMBEDDING, parameters
+from motrt.model_def.quantization import Scales, codes_of, scales_of, zero_points_of
+from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
+from motrt.runtime.onnx_session import OnnxSession
+from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, load_whole, save_whole, set_weight, weight
+
+MakeCheckpoint = Callable[[ModelConfig], Path]
+
+
+def exported(checkpoint: Path, out: Path, precision: str, verify: bool = False, **options: Any) -> Path:
+    target = options.pop("target", "onnx")
+    chosen = QuantizeOptions(**options) if options else None
+    export_bundle(checkpoint, out, precision, verify=verify, target=target, quantize_options=chosen)
+    return out
+
+
+@pytest.fixture(scope="module")
+def int4(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of one shape, so that every law can be asked."""
+    return exported(make_checkpoint(EQUAL), tmp_path_factory.mktemp("int4") / "b", "int4")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("config", [TINY, ONE, TIED], ids=["two", "one", "tied"])
+def test_the_gate_passes_every_format_of_every_model(
+    precision: str, config: ModelConfig, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    out = exported(make_checkpoint(config), tmp_path / "b", precision, verify=True)
+    manifest = open_bundle(out, "hash").manifest
+    assert manifest.parity is not None and manifest.parity["verdict"] in ("PASS", "AMBIGUOUS")
+    assert manifest.weights == precision and manifest.precision == "fp32"
+    assert {one["rung"] for one in manifest.parity["findings"]} == {"P1", "P2", "P3", "P4", "P5", "loss"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": False},
+        {"block_size": 16, "scales": "absmax"},
+        {"parts": ("head=int8", "embedding=fp16", "expert.audio=none")},
+        {"parts": ("embedding=none",)},
+        {"activations": "fp16"},
+    ],
+    ids=str,
+)
+def test_the_gate_passes_every_choice(options: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = exported(tiny_checkpoint, tmp_path / "b", "int4", verify=True, **options)
+    parity = open_bundle(out).manifest.parity
+    assert parity is not None and parity["verdict"] in ("PASS", "AMBIGUOUS")
+
+
+def test_what_is_multiplied_are_codes_and_not_what_they_stand_for(int4: Path, tmp_path: Path) -> None:
+    """There must be one product of codes, scales and activations: weights that are unpacked save nothing."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
+    ort.InferenceSession(int4 / "model.onnx", options, providers=["CPUExecutionProvider"])
+    run = onnx.load(tmp_path / "as_run.onnx", load_external_data=False)
+    fused = [node for node in run.graph.node if node.op_type == "MatMulNBits"]
+    coded = [one for one in parameters(EQUAL) if len(one.shape) == 2 and one.part != "embedding"]
+    assert len(fused) == len(coded)
+
+
+def test_generating_needs_no_word_of_how_weights_are_stored(int4: Path) -> None:
+    with motrt.load(int4, check="hash") as session:
+        assert session.weights == "int4" and session.activation_block == 32
+        steps = list(session.generate([1, 2, 3], schedule=motrt.then("audio", tokens=8)))
+    assert len(steps) == 8 and all(step.modality == "audio" for step in steps)
+
+
+def test_products_round_activations_unless_asked_not_to(int4: Path) -> None:
+    manifest = open_bundle(int4).manifest
+    said = []
+    for exact in (True, False):
+        with OnnxSession(int4 / "model.onnx", EQUAL, quantization=manifest.quantization, exact_activations=exact) as session:
+            said.append(observe(session, scenarios(EQUAL)[0]))
+            assert (session.activation_block is None) == exact
+    differences = [np.linalg.norm(a.logits - b.logits) / np.linalg.norm(a.logits) for a, b in zip(*said, strict=True)]
+    assert 1e-4 < max(differences) < 0.05
+
+
+def test_poison_reaches_codes_that_onnxruntime_has_made_its_own(int4: Path) -> None:
+    """The law would hold of any graph if replacing weights did nothing."""
+    subject = subject_of(int4)
+    for parameter in (one for one in parameters(EQUAL) if one.modality == "text"):
+        with subject.replacement(1).with_poison([parameter]) as poisoned:
+            assert any(np.isnan(one.logits).any() for one in observe(poisoned, scenarios(EQUAL)[0])), parameter.name
+
+
+def subject_of(bundle: Path, manifest: Manifest | None = None) -> Subject:
+    told = manifest or open_bundle(bundle).manifest
+    return Subject(bundle / "model.onnx", told.config, told.precision, {}, told.graphs, told.quantization)
+
+
+# Faults, planted in a finished file. The first two rungs are asked of the file, the others of what it computes.
+
+FIRST, SECOND = "layers.0.feed_forward.text.w1.weight", "layers.0.feed_forward.text.w3.weight"
+
+
+def one_scale(model: onnx.ModelProto) -> None:
+    scales = weight(model, scales_of(FIRST))
+    scales[1, 5] *= 1.25
+    set_weight(model, scales_of(FIRST), scales)
+
+
+def scales_of_another(model: onnx.ModelProto) -> None:
+    first, second = (weight(model, scales_of(name)) for name in (FIRST, SECOND))
+    set_weight(model, scales_of(FIRST), second)
+    set_weight(model, scales_of(SECOND), first)
+
+
+def scales_read_from_another(model: onnx.ModelProto) -> None:
+    """Both stored right, and each read where the other should be."""
+    other = {scales_of(FIRST): scales_of(SECOND), scales_of(SECOND): scales_of(FIRST)}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[1] in other:
+            node.input[1] = other[node.input[1]]
+
+
+def one_code(model: onnx.ModelProto) -> None:
+    tensor = next(one for one in model.graph.initializer if one.name == codes_of(FIRST))
+    codes = onnx.numpy_helper.to_array(tensor).copy()
+    codes[3, 5] = 7 if int(codes[3, 5]) < 0 else -8
+    tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, tensor.data_type, codes.shape, codes.flatten()))
+
+
+def a_row_of_the_table(model: onnx.ModelProto) -> None:
+    codes = onnx.numpy_helper.to_array(next(one for one in model.graph.initializer if one.name == codes_of(EMBEDDING))).copy()
+    codes[[3, 4]] = codes[[4, 3]]
+    set_weight(model, codes_of(EMBEDDING), codes)
+
+
+def head_of_half_the_scale(model: onnx.ModelProto) -> None:
+    set_weight(model, scales_of("output.audio.weight"), weight(model, scales_of("output.audio.weight")) * 0.5)
+
+
+FAULTS = [one_scale, scales_of_another, scales_read_from_another, one_code, a_row_of_the_table, head_of_half_the_scale]
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda one: one.__name__)
+def test_a_fault_in_codes_or_scales_is_seen_in_the_file_and_in_what_it_computes(
+    plant: Callable[[onnx.ModelProto], None], int4: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    model = load_whole(int4)
+    plant(model)
+    save_whole(model, tmp_path / "b")
+    subject = subject_of(tmp_path / "b", open_bundle(int4).manifest)
+    report = climb(subject, open_checkpoint(make_checkpoint(EQUAL)), Steps())
+    failed = {one.rung for one in report.findings if one.outcome is Outcome.FAIL}
+    assert report.verdict is Outcome.FAIL and "P1" in failed
+    if plant is scales_read_from_another:  # the others changed what is stored, which the reference reads too: P1 tells those
+        assert "P4" in failed
+
+
+def test_with_activations_as_they_are_the_gate_is_as_tight_as_for_plain_weights(
+    int4: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    report = climb(subject_of(int4), open_checkpoint(make_checkpoint(EQUAL)), Steps())
+    exact = [one for one in report.findings if one.rung == "P4" and "activations rounded" not in one.question]
+    rounded = [one for one in report.findings if one.rung == "P4" and "activations rounded" in one.question]
+    assert exact and rounded and report.verdict is Outcome.PASS
+    assert all(float(one.figures["limit"]) < 1e-4 for one in exact)
+    # The bound leaves room, and is no blank cheque: a step is rounded to within a few of the errors that were measured.
+    worst = max(float(one.figures["relative_l2_max"]) for one in rounded)
+    assert worst < float(rounded[0].figures["limit"]) < 20 * worst
+
+
+def test_a_small_fault_below_the_roundings_is_seen_all_the_same(
+    int4: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Half a percent on one norm moves logits less than 8-bit activations do."""
+    model = load_whole(int4)
+    set_weight(model, "layers.1.ffn_norm.weight", weight(model, "layers.1.ffn_norm.weight") * 1.005)
+    save_whole(model, tmp_path / "b")
+    report = climb(subject_of(tmp_path / "b", open_bundle(int4).manifest), open_checkpoint(make_checkpoint(EQUAL)), Steps())
+    by_rounding = {
+        rounded: {one.outcome for one in report.findings if one.rung == "P4" and ("rounded" in one.question) == rounded}
+        for rounded in (False, True)
+    }
+    # The reference reads the file's plain weights; the checkpoint's own stand in P1.
+    assert any(one.rung == "P1" and one.outcome is Outcome.FAIL for one in report.findings)
+    assert by_rounding[True] == {Outcome.PASS}
+
+
+def test_loss_is_told_apart_from_faults(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format that loses too much fails on its own rung, with every other rung passed."""
+    monkeypatch.setattr(quantization_loss, "LARGEST_MEAN_KL", {4: 1e-6, 8: 1e-9})
+    with pytest.raises(ParityError, match="the graph is right and the format loses too much") as caught:
+        exported(make_checkpoint(TINY), tmp_path / "b", "int4", verify=True)
+    report: Mapping[str, Any] = caught.value.report or {}
+    assert {one["rung"] for one in report["findings"] if one["outcome"] == "FAIL"} == {"loss"}
+    assert not (tmp_path / "b").exists()
+
+
+def test_fewer_bits_lose_more_and_searching_loses_less(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    means = {}
+    choices: dict[str, tuple[str, Scales]] = {
+        "int8": ("int8", "search"),
+        "search": ("int4", "search"),
+        "absmax": ("int4", "absmax"),
+    }
+    for name, (precision, scales) in choices.items():
+        out = exported(tiny_checkpoint, tmp_path / name, precision, scales=scales)
+        quantization = open_bundle(out).manifest.quantization
+        assert quantization is not None
+        held = QuantizedWeights(out / "model.onnx", TINY, quantization)
+        found = quantization_loss.measure_losses(TINY, checkpoint, held, Steps())
+        means[name] = float(np.mean([float(one.figures["kl_mean"]) for one in found]))
+    assert means["int8"] < 0.05 * means["search"] and means["search"] < means["absmax"]
+
+
+def test_a_finished_bundle_is_verified_with_its_quantisation(int4: Path) -> None:
+    report: Report = verify_bundle(int4)
+    assert report.verdict is Outcome.PASS
+
+
+def test_inspect_tells_the_format_of_every_part(int4: Path) -> None:
+    found = inspect(int4)
+    assert found["quantization"]["scales"] == "search"
+    assert found["total_bytes"] < 0.4 * 4 * found["total_parameters"]
+    assert found["health"]["problems"] == []
+
+
+def test_the_table_is_gathered_before_it_is_turned_back(int4: Path) -> None:
+    """A table turned back whole costs its whole size at every step."""
+    graph = onnx.load(int4 / "model.onnx", load_external_data=False).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = [node for node in graph.node if codes_of(EMBEDDING) in node.input]
+    assert [node.op_type for node in readers] == ["Gather"]
+    turned = next(
+        node for node in graph.node if node.op_type == "DequantizeLinear" and producers.get(node.input[0]) == readers[0]
+    )
+    assert producers[turned.input[1]].op_type == "Gather"
+
+
+def test_derived_graphs_read_the_same_codes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    made = export_bundle(make_checkpoint(TINY), out, "int4", target="cuda", quantize_options=QuantizeOptions(symmetric=False))
+    assert made.report is not None and made.report.verdict in (Outcome.PASS, Outcome.AMBIGUOUS)
+    assert {one.graph for one in made.report.findings} > {"decode.text", "change.audio.text"}
+    names = {one.name for one in onnx.load(out / "decode.text.onnx", load_external_data=False).graph.initializer}
+    assert zero_points_of(FIRST) in names and not any(".audio." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "error", "told"),
+    [
+        ("fp32", {"block_size": 32}, InputError, "quantises nothing"),
+        ("fp8", {}, InputError, "fp8 is for --target tensorrt"),
+        ("int4", {"block_size": 128}, ConfigError, "blocks of 16, 32"),
+        ("int4", {"parts": ("haed=int8",)}, ConfigError, "haed"),
+        ("int4", {"activations": "fp12"}, InputError, "fp12"),
+        ("int4", {"parts": ("embedding=int8",), "target": "cuda"}, InputError, "cuts the embedding by modality"),
+    ],
+)
+def test_what_can_not_be_quantised_is_said_before_any_work(
+    precision: str, options: dict[str, Any], error: type[Exception], told: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=told):
+        exported(tiny_checkpoint, tmp_path / "b", precision, **(options or {"symmetric": True}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_widths_that_no_block_fits_are_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The third modality's expert has 24 hidden units."""
+    out = exported(make_checkpoint(THREE), tmp_path / "b", "int8")  # one scale per output where no block fits
+    assert open_bundle(out).manifest.weights == "int8"
+    with pytest.raises(ConfigError, match=r"rows of 24 .*no block size fits"):
+        exported(make_checkpoint(THREE), tmp_path / "c", "int8", block_size=16)
+
+
+def test_a_manifest_whose_quantisation_is_not_the_models_is_refused(int4: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(int4, tmp_path / "b"))
+    manifest = open_bundle(copy).manifest
+    assert manifest.quantization is not None
+    other = replace(manifest.quantization, formats=(("video", None),))
+    write_manifest(copy, replace(manifest, quantization=other, files=record_files(copy)))
+    with pytest.raises(BundleError, match="video"):
+        open_bundle(copy)
+
+
+def test_memory_holds_one_weight_at_a_time(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the file is written, no weight is read before the one before it was let go of."""
+    alive: list[Any] = []
+    most = 0
+    real = torch.Tensor.float
+
+    def counted(self: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal most
+        most = max(most, self.numel())
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "float", counted)
+    exported(make_checkpoint(TINY), tmp_path / "b", "int4")
+    assert not alive and most <= 1 << 18  # chunks, never a whole table at once

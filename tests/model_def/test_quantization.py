@@ -1,0 +1,95 @@
+"""Formats of weights: which weight has which, and what can not be."""
+
+import json
+
+import pytest
+
+from motrt.errors import ConfigError, InputError
+from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
+from motrt.model_def.parameters import EMBEDDING, Parameter, parameters
+from motrt.model_def.quantization import (
+    Quantization,
+    WeightFormat,
+    parse_override,
+    stored_bytes_of,
+    usual_block_size,
+)
+
+TINY = ModelConfig.tiny()
+
+
+def named(name: str) -> Parameter:
+    return next(one for one in parameters(TINY) if one.name == name)
+
+
+def test_norms_and_biases_are_never_quantised() -> None:
+    formats = Quantization.usual("int4", TINY, table="int8")
+    for one in parameters(TINY):
+        assert (formats.format_of(one) is None) == (len(one.shape) == 1), one.name
+
+
+def test_the_last_selector_that_fits_a_weight_counts() -> None:
+    overrides = [parse_override(text) for text in ("head=int8", "audio=int8:16", "expert.audio=none", "embedding=fp16")]
+    formats = Quantization.usual("int4", TINY, table="int8", overrides=overrides)
+    assert formats.format_of(named("output.text.weight")) == WeightFormat("int8", 32)
+    assert formats.format_of(named("output.audio.weight")) == WeightFormat("int8", 16)
+    assert formats.format_of(named("layers.0.attention.wq.audio.weight")) == WeightFormat("int8", 16)
+    assert formats.format_of(named("layers.0.feed_forward.audio.fc1.weight")) is None
+    assert formats.format_of(named("layers.0.attention.wq.text.weight")) == WeightFormat("int4", 32)
+    assert formats.format_of(named(EMBEDDING)) == WeightFormat("fp16")
+    assert formats.name == "int4"
+
+
+def test_a_quantization_comes_back_from_its_json() -> None:
+    formats = Quantization.usual("int4", TINY, 16, symmetric=False, overrides=[("head", "int8", None), ("audio", None, None)])
+    assert Quantization.from_dict(json.loads(json.dumps(formats.to_dict()))) == formats
+
+
+def test_the_usual_block_is_the_largest_that_cuts_every_width() -> None:
+    assert usual_block_size(TINY) == 32
+    assert usual_block_size(ModelConfig.preset("llama-3.2-1b")) == 128
+    odd = TINY.replace(modalities=(Modality("text", 32, SwigluExpert(24)),), head="shared")
+    assert usual_block_size(odd) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"overrides": [("haed", "int8", None)]}, "nothing of this model is called 'haed'"),
+        ({"overrides": [("video", "int8", None)]}, "modalities text, audio"),
+        ({"block_size": 128}, "blocks of 16, 32"),
+        ({"block_size": 48}, "block_size must be one of 16, 32"),
+        ({"overrides": [("head", "fp16", None)]}, "fp16 is for the embedding alone"),
+        ({"table": "int4"}, "the embedding is stored as int8 or fp16"),
+    ],
+)
+def test_what_can_not_be_is_a_sentence(said: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Quantization.usual("int4", TINY, **said)  # type: ignore[arg-type]
+
+
+def test_a_tied_head_is_not_quantised_where_it_lies() -> None:
+    with pytest.raises(ConfigError, match="tied"):
+        Quantization.usual("int8", TINY.replace(head="shared", tied_embeddings=True))
+
+
+@pytest.mark.parametrize("text", ["", "head", "head=", "head=int3", "=int8", "head=int8:", "head=int8:x", "head=int8:-1"])
+def test_an_override_that_is_none_says_how_one_looks(text: str) -> None:
+    with pytest.raises(InputError, match="as in head=int8"):
+        parse_override(text)
+
+
+def test_bytes_are_those_of_codes_and_scales() -> None:
+    one = named("layers.0.feed_forward.text.w1.weight")  # [128, 64]
+    assert WeightFormat("int4", 32).num_bytes(one, 4) == 128 * 32 + 128 * 2 * 4
+    assert WeightFormat("int4", 32, symmetric=False).num_bytes(one, 4) == 128 * 32 + 128 * 2 * 4 + 128
+    assert WeightFormat("int8").num_bytes(one, 2) == 128 * 64 + 128 * 2
+    plain = sum(one.numel for one in parameters(TINY)) * 4
+    assert stored_bytes_of(TINY, None, 4) == plain
+    assert stored_bytes_of(TINY, Quantization.usual("int8", TINY, table="int8"), 4) < plain / 3
+
+
+def test_activations_are_rounded_in_the_widest_block_of_any_product() -> None:
+    assert Quantization.usual("int4", TINY, 16).activation_block(TINY) == 16
+    assert Quantization.usual("int4", TINY, 16, overrides=[("head", "int8", 64)]).activation_block(TINY) == 64
+    assert Quantization.usual("fp8", TINY).activation_block(TINY) is None
