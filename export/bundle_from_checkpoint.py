@@ -344,7 +344,8 @@ def _stored_as(
         overrides,
         options.scales,
         ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks into what it computes in
-        target not in ENGINE_TARGETS,
+        signed=target not in ENGINE_TARGETS,
+        packed=target == "onnx",
     )
     return activations, quantization
 

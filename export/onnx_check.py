@@ -58,7 +58,8 @@ def check_onnx(
     raise_all(ExportError, "operators carry other numbers than the model's:", attribute_problems(model, config))
     codes = dequantize_problems(model, config, graph, quantization)
     raise_all(ExportError, "codes are not turned back by their own scales:", codes)
-    raise_all(ExportError, "the graph would compute absent modalities:", routing_problems(model, config, graph))
+    routing = routing_problems(model, config, graph, quantization)
+    raise_all(ExportError, "the graph would compute absent modalities:", routing)
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
     return census(model)
 
@@ -114,7 +115,9 @@ def census_problems(
     problems += [f"{counts[branch]} x {branch}: the graph should have no branches" for branch in _BRANCHES if branch in counts]
     layers, wanted = config.num_layers, graph.parameters(config)
     norms = sum(len(one.shape) == 1 and not one.name.endswith(".bias") for one in wanted)
+    packed = quantization.coded_weights(wanted) if quantization else ()
     products = sum(len(one.shape) == 2 and one.part in ("attention", "expert") for one in wanted)
+    products -= sum(len(one.parts) - 1 for one in packed)
     heads = 1 if graph.is_step or config.head == "shared" else len(config.modalities)
     expected = {
         "Attention": layers,
@@ -124,8 +127,7 @@ def census_problems(
         "Gemm": products + heads,
     }
     if quantization is not None:
-        formats = [quantization.format_of(one) for one in wanted]
-        expected["DequantizeLinear"] = sum(how is not None and how.is_coded for how in formats)
+        expected["DequantizeLinear"] = len(packed)
     if graph.routing != "gather":
         expected["NonZero"] = 0  # compilers that these graphs are made for do not take it
     counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
@@ -177,14 +179,11 @@ def dequantize_problems(
             sources = tuple(_table_behind(name, producers) for name in node.input)
             found[sources[0]] = (sources[1:], numbers.get("axis", 1), numbers.get("block_size", 0))
     problems = []
-    for one in graph.parameters(config):
-        how = quantization.format_of(one)
-        if how is None or not how.is_coded:
-            continue
-        is_table = one.part == "embedding"
+    for one in quantization.coded_weights(graph.parameters(config)):
+        how = one.how
         scales = (scales_of(one.name), *(() if how.symmetric else (zero_points_of(one.name),)))
-        axis = 1 if is_table or how.block_size is None else 0
-        wanted = (scales, axis, how.block_size or (one.shape[1] if is_table else 0))
+        axis = 1 if one.is_table or how.block_size is None else 0
+        wanted = (scales, axis, how.block_size or (one.shape[1] if one.is_table else 0))
         if found.get(codes_of(one.name)) != wanted:
             problems.append(f"{one.name}: {found.get(codes_of(one.name))} turns it back, {wanted} was expected")
     return problems
@@ -195,7 +194,9 @@ def _table_behind(name: str, producers: Mapping[str, onnx.NodeProto]) -> str:
     return str(producers[name].input[0]) if name in producers and producers[name].op_type == "Gather" else name
 
 
-def routing_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL) -> list[str]:
+def routing_problems(
+    model: onnx.ModelProto, config: ModelConfig, graph: Graph = CANONICAL, quantization: Quantization | None = None
+) -> list[str]:
     """Every product with a routed weight must take rows gathered by modality, so that an absent one costs nothing.
 
     A derived graph holds no absent modality's weights (``weight_problems`` sees to it), or is meant to compute them all.
@@ -207,12 +208,15 @@ def routing_problems(model: onnx.ModelProto, config: ModelConfig, graph: Graph =
         return []
     producers = {output: node for node in model.graph.node for output in node.output}
     products = {_weight_behind(node, producers): node for node in model.graph.node if node.op_type in _PRODUCTS}
+    coded = quantization.coded_weights(parameters(config)) if quantization else ()
+    holders = {part.name: one.name for one in coded for part in one.parts}
     routed = [one for one in parameters(config) if one.modality is not None and len(one.shape) == 2]
-    return [
-        f"{one.name} multiplies rows that were not gathered for {one.modality}"
-        for one in routed
-        if len(config.modalities) > 1 and one.name in products and not _is_gathered(products[one.name], producers)
-    ]
+    problems = []
+    for one in routed if len(config.modalities) > 1 else ():
+        product = products.get(holders.get(one.name, one.name))
+        if product is not None and not _is_gathered(product, producers):
+            problems.append(f"{one.name} multiplies rows that were not gathered for {one.modality}")
+    return problems
 
 
 def _weight_behind(product: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> str:

@@ -23,8 +23,8 @@ from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.head_surgery import Read
-from motrt.model_def.parameters import Parameter, parameters
-from motrt.model_def.quantization import Quantization, WeightFormat, codes_of, scales_of, zero_points_of
+from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import CodedWeight, Quantization, WeightFormat, codes_of, scales_of, zero_points_of
 
 Specs = dict[str, tuple[ir.DataType, tuple[int, ...]]]
 """Initializers by name: element type and dims."""
@@ -47,16 +47,16 @@ def stored_specs(config: ModelConfig, quantization: Quantization | None, dtype: 
             found[one.name] = (plain, one.shape)
         elif not how.is_coded:
             found[one.name] = (CODE_TYPES[how.stored], one.shape)
-        else:
-            found |= _coded_specs(one, how, plain)
+    for coded in quantization.coded_weights(graph.parameters(config)) if quantization else ():
+        found |= _coded_specs(coded, plain)
     return found
 
 
-def _coded_specs(one: Parameter, how: WeightFormat, plain: ir.DataType) -> Specs:
-    out, width = one.shape
+def _coded_specs(one: CodedWeight, plain: ir.DataType) -> Specs:
+    (out, width), how = one.shape, one.how
     blocks = how.num_blocks(width)
     codes, scales = (width, out), (out,) if how.block_size is None else (blocks, out)
-    if one.part == "embedding":
+    if one.is_table:
         codes, scales = (out, width), (out, blocks)
     specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (plain, scales)}
     return specs if how.symmetric else specs | {zero_points_of(one.name): (CODE_TYPES[how.stored], scales)}
@@ -74,48 +74,126 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
     Raises:
         ExportError: for a quantised weight that is used in any other way than the decoder uses it.
     """
-    for one in parameters(config):
+    held = [one for one in parameters(config) if one.name in model.graph.initializers]
+    for one in held:
         how = quantization.format_of(one)
-        value = model.graph.initializers.get(one.name)
-        if how is None or value is None:
-            continue
-        if not how.is_coded:
-            _cast_behind_gather(model, value, how, dtype)
-            continue
-        stored = {
-            name: _without_value(model, name, kind, dims)
-            for name, (kind, dims) in _coded_specs(one, how, _ir_type(dtype)).items()
-        }
-        for use in tuple(value.uses()):
-            if use.node.op_type == "Gather" and use.idx == 0:
-                _dequantize_behind_gather(model, use.node, one, how, stored, dtype)
-            elif use.node.op_type == "Gemm" and use.idx == 1 and use.node.attributes.get_int("transB", 0) == 1:
-                _multiply_codes(model, use.node, one, how, stored, dtype)
-            else:
-                raise ExportError(f"{one.name} can not be quantised: {use.node.op_type} ({use.node.name}) reads it")
-        del model.graph.initializers[one.name]
+        if how is not None and not how.is_coded:
+            _cast_behind_gather(model, model.graph.initializers[one.name], how, dtype)
+    for coded in quantization.coded_weights(held):
+        specs = _coded_specs(coded, _ir_type(dtype))
+        stored = {name: _without_value(model, name, kind, dims) for name, (kind, dims) in specs.items()}
+        uses = [(use.node, use.idx) for one in coded.parts for use in model.graph.initializers[one.name].uses()]
+        if coded.is_table and all(node.op_type == "Gather" and place == 0 for node, place in uses):
+            for node, _ in uses:
+                _dequantize_behind_gather(model, node, coded, stored)
+        elif len(uses) == len(coded.parts) and all(_multiplies_by(node, place) for node, place in uses):
+            _multiply_codes(model, [node for node, _ in uses], coded, stored, dtype)
+        else:
+            readers = ", ".join(f"{node.op_type} ({node.name})" for node, _ in uses)
+            raise ExportError(f"{coded.name} can not be quantised: {readers} read it")
+        for one in coded.parts:
+            del model.graph.initializers[one.name]
+    if quantization.packed:
+        _combine_once(model)
 
 
-def _multiply_codes(
-    model: ir.Model, gemm: ir.Node, one: Parameter, how: WeightFormat, stored: dict[str, ir.Value], dtype: str
-) -> None:
-    """``Gemm(x, w, bias)`` -> ``MatMul(x, DequantizeLinear(codes, scales))`` and, where there is a bias, ``Add``."""
-    module = str(gemm.name).rpartition("/")[0]
-    whole = _dequantize(module, [*stored.values()], how, 1 if how.block_size is None else 0, one.shape[::-1], dtype)
-    rows, bias = gemm.inputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None
+def _multiplies_by(node: ir.Node, place: int) -> bool:
+    """Whether ``node`` multiplies rows by its input at ``place``, a weight in the checkpoint's layout."""
+    return bool(node.op_type == "Gemm" and place == 1 and node.attributes.get_int("transB", 0) == 1)
+
+
+def _multiply_codes(model: ir.Model, gemms: list[ir.Node], coded: CodedWeight, stored: dict[str, ir.Value], dtype: str) -> None:
+    """``Gemm(x, w, bias)`` -> ``MatMul(x, DequantizeLinear(codes, scales))`` and, where there is a bias, ``Add``.
+
+    Several products of the same rows become one, and ``Split`` gives each its outputs.
+    """
+    first, how = gemms[0], coded.how
+    module = coded.name.removesuffix(".weight")
+    rows, bias = first.inputs[0], first.inputs[2] if len(first.inputs) > 2 else None
     assert rows is not None
+    if len(gemms) > 1 and any(one.inputs[0] is not rows or len(one.inputs) > 2 for one in gemms):
+        raise ExportError(f"{coded.name} can not be one product: its parts multiply other rows, or have biases")
+    attributes = {"axis": 1} if how.block_size is None else {"axis": 0, "block_size": how.block_size}
+    whole = ir.node("DequantizeLinear", [*stored.values()], attributes, name=f"{module}/DequantizeLinear")
+    whole.outputs[0].type, whole.outputs[0].shape = ir.TensorType(_ir_type(dtype)), ir.Shape(coded.shape[::-1])
     product = ir.node("MatMul", [rows, whole.outputs[0]], name=f"{module}/MatMul")
-    _typed(product, gemm.outputs[0])
+    if len(gemms) > 1:
+        product.outputs[0].type = first.outputs[0].type
+        parts = _split(model, product.outputs[0], [one.shape[0] for one in coded.parts], f"{module}/Split")
+        model.graph.insert_before(first, [whole, product, parts])
+        for gemm, output in zip(gemms, parts.outputs, strict=True):
+            _take_place(model, gemm, output)
+        return
+    _typed(product, first.outputs[0])
     new = [whole, product]
     if bias is not None:
         new.append(ir.node("Add", [product.outputs[0], bias], name=f"{module}/Add"))
-        _typed(new[-1], gemm.outputs[0])
-    _replace(model, gemm, new)
+        _typed(new[-1], first.outputs[0])
+    _replace(model, first, new)
 
 
-def _dequantize_behind_gather(
-    model: ir.Model, gather: ir.Node, one: Parameter, how: WeightFormat, stored: dict[str, ir.Value], dtype: str
-) -> None:
+def _split(model: ir.Model, value: ir.Value, sizes: list[int], name: str) -> ir.Node:
+    """``value`` cut along its last axis."""
+    told = f"sizes.{'.'.join(map(str, sizes))}"
+    if told not in model.graph.initializers:
+        tensor = ir.tensor(np.array(sizes, np.int64), name=told)
+        constant = ir.Value(name=told, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+        model.graph.initializers[told] = constant
+    return ir.node("Split", [value, model.graph.initializers[told]], {"axis": 1}, num_outputs=len(sizes), name=name)
+
+
+def _combine_once(model: ir.Model) -> None:
+    """Rows of all routes are put back in place before q, k and v are cut apart, and not three times after.
+
+    ``Split`` of each route, then for q, k and v each ``Concat`` of routes and ``Gather`` -> ``Concat``, ``Gather``, ``Split``.
+    Where anything else stands between (a norm of q and k, say), all stays as it is.
+    """
+    for split in [node for node in model.graph if node.op_type == "Split"]:
+        concats = [_only_user(output) for output in split.outputs]
+        if any(
+            one is None or one.op_type != "Concat" or one.inputs[0] is not split.outputs[at] for at, one in enumerate(concats)
+        ):
+            continue
+        gathers = [_only_user(one.outputs[0]) for one in concats if one is not None]
+        routes = [value.producer() for value in (concats[0].inputs if concats[0] is not None else ()) if value is not None]
+        if not _is_one_combination(concats, gathers, routes):
+            continue
+        module = str(split.name).rpartition(".")[0]
+        packed = [route.inputs[0] for route in routes if route is not None]
+        laid = ir.node("Concat", packed, {"axis": 0}, name=f"{module}/Concat")
+        first = gathers[0]
+        assert first is not None
+        placed = ir.node("Gather", [laid.outputs[0], first.inputs[1]], {"axis": 0}, name=f"{module}/Gather")
+        cut = ir.node(
+            "Split", [placed.outputs[0], split.inputs[1]], {"axis": 1}, num_outputs=len(gathers), name=f"{module}/Split"
+        )
+        laid.outputs[0].type = placed.outputs[0].type = split.outputs[0].type
+        model.graph.insert_before(first, [laid, placed, cut])
+        for gather, output in zip(gathers, cut.outputs, strict=True):
+            assert gather is not None
+            _take_place(model, gather, output)
+        for done in (*concats, *routes):
+            assert done is not None
+            model.graph.remove(done, safe=True)
+
+
+def _is_one_combination(concats: list[ir.Node | None], gathers: list[ir.Node | None], routes: list[ir.Node | None]) -> bool:
+    """Whether output j of every route's Split, and nothing else, goes through concat j and gather j to the same places."""
+    if any(one is None or one.op_type != "Gather" for one in gathers) or any(
+        one is None or one.op_type != "Split" for one in routes
+    ):
+        return False
+    wanted = [[route.outputs[at] for route in routes if route is not None] for at in range(len(concats))]
+    found = [list(one.inputs) for one in concats if one is not None]
+    return wanted == found and len({id(one.inputs[1]) for one in gathers if one is not None}) == 1
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _dequantize_behind_gather(model: ir.Model, gather: ir.Node, coded: CodedWeight, stored: dict[str, ir.Value]) -> None:
     """``Gather(table, ids)`` -> ``DequantizeLinear`` of the gathered rows of codes and of scales."""
     module, ids = str(gather.name).rpartition("/")[0], gather.inputs[1]
     assert ids is not None
@@ -124,7 +202,7 @@ def _dequantize_behind_gather(
         picked.append(ir.node("Gather", [kept, ids], {"axis": 0}, name=f"{module}/Gather.{name.rpartition('.')[2]}"))
         picked[-1].outputs[0].type = kept.type
     # In blocks even where a row has one scale: without, the operator takes constants alone.
-    size = how.block_size or one.shape[1]
+    size = coded.how.block_size or coded.shape[1]
     node = ir.node(
         "DequantizeLinear",
         [node.outputs[0] for node in picked],
@@ -153,24 +231,21 @@ def _cast_behind_gather(model: ir.Model, value: ir.Value, how: WeightFormat, dty
         _replace(model, use.node, [gather, cast])
 
 
-def _dequantize(
-    module: str, inputs: list[ir.Value], how: WeightFormat, axis: int, dims: tuple[int, ...], dtype: str
-) -> ir.Node:
-    attributes: dict[str, int] = {"axis": axis} | ({} if how.block_size is None else {"block_size": how.block_size})
-    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{module}/DequantizeLinear")
-    node.outputs[0].dtype, node.outputs[0].shape = _ir_type(dtype), ir.Shape(dims)
-    return node
-
-
 def _typed(node: ir.Node, like: ir.Value) -> None:
     node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
 
 
 def _replace(model: ir.Model, old: ir.Node, new: list[ir.Node]) -> None:
     """``new`` in the place of ``old``, the last one's output under the name that ``old``'s had."""
-    result, before = new[-1].outputs[0], old.outputs[0]
     model.graph.insert_before(old, new)
+    _take_place(model, old, new[-1].outputs[0])
+
+
+def _take_place(model: ir.Model, old: ir.Node, result: ir.Value) -> None:
+    """``result`` wherever the output of ``old`` was, and under its name; ``old`` goes."""
+    before = old.outputs[0]
     name = before.name
+    result.type, result.shape = before.type, before.shape
     before.replace_all_uses_with(result, replace_graph_outputs=True)
     model.graph.remove(old, safe=True)
     result.name = name
@@ -205,32 +280,36 @@ class CodeSource:
     def __init__(self, config: ModelConfig, quantization: Quantization, dtype: str, read: Read) -> None:
         self._read, self._dtype = read, TORCH_DTYPES[dtype]
         self._method, self._signed = quantization.scales, quantization.signed
-        self._formats = {one.name: (one, how) for one in parameters(config) if (how := quantization.format_of(one)) is not None}
+        self._coded = quantization.coded_weights(parameters(config))
+        self._halves = [one.name for one in parameters(config) if (how := quantization.format_of(one)) and not how.is_coded]
         self._chosen: dict[str, BlockScales] = {}
 
     def choose(self, advance: Advance) -> None:
         """Choose all scales; ``advance`` is told the elements of each weight."""
-        for name, (one, how) in self._formats.items():
-            if how.is_coded:
-                self._chosen[name] = choose_scales(self._read(name), how, self._method, self._dtype, self._signed)
-                if not bool(self._chosen[name].scales.isfinite().all()):
-                    raise ExportError(
-                        f"the scales of {name} do not fit {str(self._dtype).removeprefix('torch.')}: compute in another "
-                        "precision, with --activations bf16 or fp32"
-                    )
-            advance(one.numel)
+        for one in self._coded:
+            chosen = choose_scales(self._weight(one), one.how, self._method, self._dtype, self._signed)
+            if not bool(chosen.scales.isfinite().all()):
+                raise ExportError(
+                    f"the scales of {one.name} do not fit {str(self._dtype).removeprefix('torch.')}: compute in another "
+                    "precision, with --activations bf16 or fp32"
+                )
+            self._chosen[one.name] = chosen
+            advance(one.shape[0] * one.shape[1])
 
     def attach(self, model: ir.Model) -> None:
         """Let the initializers of ``model`` fetch their values here when they are written."""
-        for one, how in self._formats.values():
-            if not how.is_coded:
-                self._lazily(model, one.name, partial(self._half, one.name))
-                continue
-            is_table = one.part == "embedding"
-            self._lazily(model, codes_of(one.name), partial(self._codes, one.name, how, is_table))
-            self._lazily(model, scales_of(one.name), partial(self._scales, one.name, how, is_table))
-            if not how.symmetric:
-                self._lazily(model, zero_points_of(one.name), partial(self._zero_points, one.name, how))
+        for name in self._halves:
+            self._lazily(model, name, partial(self._half, name))
+        for one in self._coded:
+            self._lazily(model, codes_of(one.name), partial(self._codes, one))
+            self._lazily(model, scales_of(one.name), partial(self._scales, one))
+            if not one.how.symmetric:
+                self._lazily(model, zero_points_of(one.name), partial(self._zero_points, one))
+
+    def _weight(self, one: CodedWeight) -> Tensor:
+        """All parts, [out, in]."""
+        read = [self._read(part.name) for part in one.parts]
+        return read[0] if len(read) == 1 else torch.cat(read)
 
     def _lazily(self, model: ir.Model, name: str, make: Callable[[], ir.TensorProtocol]) -> None:
         value = model.graph.initializers[name]
@@ -243,20 +322,20 @@ class CodeSource:
             raise ExportError(f"{name} does not fit float16: store it as int8, or in the graph's precision")
         return tensor_adapters.TorchTensor(value.contiguous(), name=name)
 
-    def _codes(self, name: str, how: WeightFormat, is_table: bool) -> ir.TensorProtocol:
-        codes = codes_under(self._read(name), how, self._chosen[name])
-        return coded_tensor(codes if is_table else codes.T.contiguous(), how, codes_of(name))
+    def _codes(self, one: CodedWeight) -> ir.TensorProtocol:
+        codes = codes_under(self._weight(one), one.how, self._chosen[one.name])
+        return coded_tensor(codes if one.is_table else codes.T.contiguous(), one.how, codes_of(one.name))
 
-    def _scales(self, name: str, how: WeightFormat, is_table: bool) -> ir.TensorProtocol:
-        scales = self._chosen[name].scales  # [out, blocks]
-        laid = scales if is_table else scales.reshape(-1) if how.block_size is None else scales.T
-        return tensor_adapters.TorchTensor(laid.contiguous(), name=scales_of(name))
+    def _scales(self, one: CodedWeight) -> ir.TensorProtocol:
+        scales = self._chosen[one.name].scales  # [out, blocks]
+        laid = scales if one.is_table else scales.reshape(-1) if one.how.block_size is None else scales.T
+        return tensor_adapters.TorchTensor(laid.contiguous(), name=scales_of(one.name))
 
-    def _zero_points(self, name: str, how: WeightFormat) -> ir.TensorProtocol:
-        zero = self._chosen[name].zero_points
+    def _zero_points(self, one: CodedWeight) -> ir.TensorProtocol:
+        zero = self._chosen[one.name].zero_points
         assert zero is not None
-        laid = zero.reshape(-1) if how.block_size is None else zero.T
-        return coded_tensor(laid.to(torch.int8).contiguous(), how, zero_points_of(name))
+        laid = zero.reshape(-1) if one.how.block_size is None else zero.T
+        return coded_tensor(laid.to(torch.int8).contiguous(), one.how, zero_points_of(one.name))
 
 
 def coded_tensor(codes: Tensor, how: WeightFormat, name: str) -> ir.TensorProtocol:

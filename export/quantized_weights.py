@@ -4,7 +4,6 @@ How codes and scales lie in the file is written here a second time, and not shar
 that one finds the other's faults.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -16,8 +15,8 @@ from motrt.export.quantize import BlockScales, choose_scales, codes_under, dequa
 from motrt.export.stored_weights import stored_tensor
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
-from motrt.model_def.parameters import Parameter, parameters
-from motrt.model_def.quantization import Quantization, WeightFormat, codes_of, scales_of, zero_points_of
+from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import CodedWeight, Quantization, codes_of, scales_of, zero_points_of
 
 # Scales found by ``search`` lose no more than those of ``absmax``, but for the order in which squares are summed.
 _SUMMATION_ROOM = 1.0 + 1e-5
@@ -35,7 +34,9 @@ class QuantizedWeights:
     def __init__(self, model_file: Path, config: ModelConfig, quantization: Quantization) -> None:
         self._folder, self._signed = model_file.parent, quantization.signed
         self._stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
-        self.formats = {one.name: (one, how) for one in parameters(config) if (how := quantization.format_of(one)) is not None}
+        self.coded = quantization.coded_weights(parameters(config))
+        self.halves = [one.name for one in parameters(config) if (how := quantization.format_of(one)) and not how.is_coded]
+        self._holder = {part.name: one for one in self.coded for part in one.parts}
 
     def read(self, name: str) -> Tensor:
         """What a weight is in the graph, in the checkpoint's layout: float32 where it is coded, as it lies elsewhere.
@@ -43,24 +44,19 @@ class QuantizedWeights:
         Raises:
             BundleError: where the graph does not hold it.
         """
-        if name not in self.formats or not self.formats[name][1].is_coded:
+        one = self._holder.get(name)
+        if one is None:
             return self._tensor(name)
-        one, how = self.formats[name]
-        return dequantize(self._codes(one), how, self._scales(one, how))
+        return dequantize(self._codes(one), one.how, self._scales(one))[one.rows_of(name)]
 
-    def problem(self, name: str, read: Read) -> str | None:
-        """How the codes and scales of one weight are not what its format makes of the checkpoint's; None where they are.
+    def problem(self, one: CodedWeight, read: Read) -> str | None:
+        """How codes and scales are not what their format makes of the checkpoint's weights; None where they are.
 
         Every code must be the nearest under its scale, and no block may lose more than with the usual scale: both follow from
         the checkpoint and the file alone, however the scales were found.
         """
-        one, how = self.formats[name]
-        weight = read(name)
-        if not how.is_coded:
-            return (
-                None if torch.equal(weight.to(torch.float16), self._tensor(name)) else "it is not the checkpoint's in float16"
-            )
-        codes, scales = self._codes(one), self._scales(one, how)
+        how, weight = one.how, torch.cat([read(part.name) for part in one.parts])
+        codes, scales = self._codes(one), self._scales(one)
         sizes = scales.scales.abs() if self._signed else scales.scales
         if not bool(torch.isfinite(sizes.float()).all()) or bool((sizes <= 0).any()):
             return f"scales that are {'zero or no' if self._signed else 'not positive'} numbers"
@@ -77,30 +73,28 @@ class QuantizedWeights:
             )
         return None
 
-    def coded_names(self) -> Mapping[str, tuple[str, ...]]:
-        """Each coded weight with the initializers that hold it."""
-        return {
-            name: (codes_of(name), scales_of(name), *(() if how.symmetric else (zero_points_of(name),)))
-            for name, (_, how) in self.formats.items()
-            if how.is_coded
-        }
+    def half_problem(self, name: str, read: Read) -> str | None:
+        """The same of a table that is stored in float16."""
+        return (
+            None if torch.equal(read(name).to(torch.float16), self._tensor(name)) else "it is not the checkpoint's in float16"
+        )
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._stored:
             raise BundleError(f"the graph in {self._folder} lacks {name}: export it again")
         return stored_tensor(self._stored[name], self._folder)
 
-    def _codes(self, one: Parameter) -> Tensor:
+    def _codes(self, one: CodedWeight) -> Tensor:
         codes = self._tensor(codes_of(one.name))
-        return codes if one.part == "embedding" else codes.T.contiguous()
+        return codes if one.is_table else codes.T.contiguous()
 
-    def _scales(self, one: Parameter, how: WeightFormat) -> BlockScales:
+    def _scales(self, one: CodedWeight) -> BlockScales:
         """[out, blocks], however they lie."""
-        zero = None if how.symmetric else self._laid(zero_points_of(one.name), one)
+        zero = None if one.how.symmetric else self._laid(zero_points_of(one.name), one)
         return BlockScales(self._laid(scales_of(one.name), one), zero)
 
-    def _laid(self, name: str, one: Parameter) -> Tensor:
+    def _laid(self, name: str, one: CodedWeight) -> Tensor:
         found = self._tensor(name)
-        if one.part == "embedding":
+        if one.is_table:
             return found
         return found[:, None] if found.ndim == 1 else found.T.contiguous()

@@ -5,6 +5,7 @@ weights carry exactly these names, all in the same [out, in] layout. Counting, c
 read this one table.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -122,6 +123,13 @@ def parameters_read(config: ModelConfig, modality: str) -> list[Parameter]:
         elif one.modality in (None, modality):
             found.append(one)
     return found
+
+
+def together_name(parameter: Parameter) -> str:
+    """The name under which weights that multiply the same rows can be kept as one: of q, k and v; else a weight's own."""
+    if parameter.part != "attention":
+        return parameter.name
+    return re.sub(r"\.w[qkv]\.", ".wqkv.", parameter.name)
 
 
 def num_parameters_read(config: ModelConfig, modality: str) -> int:

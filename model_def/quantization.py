@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from motrt.errors import ConfigError, InputError, raise_all
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.parameters import Parameter, parameters
+from motrt.model_def.parameters import Parameter, parameters, together_name
 
 Stored = Literal["int8", "int4", "fp8", "fp16"]
 Scales = Literal["absmax", "search"]
@@ -91,6 +91,40 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
+class CodedWeight:
+    """One set of codes and scales: of one weight, or of several that multiply the same rows, their outputs one after another.
+
+    Attributes:
+        name: that its initializers are called by.
+        parts: the weights that it holds.
+        how: their format.
+    """
+
+    name: str
+    parts: tuple[Parameter, ...]
+    how: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of all parts together."""
+        return sum(one.shape[0] for one in self.parts), self.parts[0].shape[1]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is the embedding, whose rows are gathered and not multiplied by."""
+        return self.parts[0].part == "embedding"
+
+    def rows_of(self, name: str) -> slice:
+        """Which outputs are those of the weight called ``name``."""
+        start = 0
+        for one in self.parts:
+            if one.name == name:
+                return slice(start, start + one.shape[0])
+            start += one.shape[0]
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
 class Quantization:
     """The format of every weight of a model.
 
@@ -101,11 +135,14 @@ class Quantization:
             the one that loses least.
         signed: whether ``search`` may choose negative scales, which give positive weights the further end of an uneven range
             of codes (-8 to 7). onnxruntime takes them; TensorRT does not.
+        packed: whether q, k and v of one route are one product: on a CPU a product has a cost of its own, and narrow ones are
+            slow. TensorRT packs by itself.
     """
 
     formats: tuple[tuple[str, WeightFormat | None], ...]
     scales: Scales = "search"
     signed: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -123,6 +160,7 @@ class Quantization:
         scales: Scales = "search",
         by_output: Sequence[Stored] = ("fp8",),
         signed: bool = False,
+        packed: bool = False,
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
 
@@ -137,6 +175,7 @@ class Quantization:
             scales: how they are chosen.
             by_output: types that have one scale per output where no block size is given.
             signed: whether scales may be negative.
+            packed: whether q, k and v are one product.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
@@ -152,7 +191,7 @@ class Quantization:
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
-        made = cls(tuple(pairs), scales, signed)
+        made = cls(tuple(pairs), scales, signed, packed)
         raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
         return made
 
@@ -167,6 +206,21 @@ class Quantization:
             return None
         mine = (parameter.part, str(parameter.modality), f"{parameter.part}.{parameter.modality}")
         return next((one for selector, one in reversed(self.formats) if selector in mine), None)
+
+    def coded_weights(self, wanted: Sequence[Parameter]) -> tuple[CodedWeight, ...]:
+        """The sets of codes and scales that hold those of ``wanted`` that are coded, in their order."""
+        found: dict[str, CodedWeight] = {}
+        for one in wanted:
+            how = self.format_of(one)
+            if how is None or not how.is_coded:
+                continue
+            name = together_name(one) if self.packed else one.name
+            beside = found.get(name)
+            if beside is not None and beside.how != how:
+                name = one.name  # a part that is stored otherwise stays by itself
+                beside = None
+            found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how)
+        return tuple(found.values())
 
     def activation_block(self, config: ModelConfig) -> int | None:
         """Activations that share one 8-bit scale where onnxruntime multiplies codes on a CPU; None: it multiplies none.
@@ -210,6 +264,7 @@ class Quantization:
         return {
             "scales": self.scales,
             "signed": self.signed,
+            "packed": self.packed,
             "formats": [
                 {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))}
                 for selector, one in self.formats
@@ -220,7 +275,7 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        return cls(pairs, values["scales"], bool(values["signed"]))
+        return cls(pairs, values["scales"], bool(values["signed"]), bool(values["packed"]))
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:

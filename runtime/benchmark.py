@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motrt.errors import InputError
+from motrt.errors import CapacityError, InputError
 from motrt.model_def.parameters import Parameter, parameters_read
 from motrt.model_def.quantization import Quantization, stored_bytes_of
 from motrt.model_def.signature import DTYPE_OF_PRECISION
@@ -90,6 +90,11 @@ def benchmark(
     """
     _refuse_sizes(num_prompt, num_tokens, batch_size)
     config = session.config
+    if num_prompt + num_tokens + WARM_UP_STEPS > config.max_seq_len:
+        raise CapacityError(
+            f"a prompt of {num_prompt} ids, {WARM_UP_STEPS} steps to warm up and {num_tokens} tokens are more than the "
+            f"{config.max_seq_len} positions that this model holds per row: ask for fewer"
+        )
     everyone = range(len(config.modalities))
     bandwidths = [measure_bandwidth()]
     first = _time_to_first_token(session, num_prompt)
@@ -107,7 +112,7 @@ def benchmark(
         _, cache = session.prefill(prompts, [config.modality_names[index] for index in mixed])
         cases.append(DecodeCase("mixed", mixed, cache))
     for case in cases:
-        session.reserve(case.cache, min(num_prompt + num_tokens + WARM_UP_STEPS, config.max_seq_len))
+        session.reserve(case.cache, num_prompt + num_tokens + WARM_UP_STEPS)
         case.steps(session, WARM_UP_STEPS)
         case.seconds.clear()
     turn = -(-num_tokens // NUM_ROUNDS)

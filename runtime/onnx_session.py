@@ -45,7 +45,7 @@ _ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # It would make one operator of product and bias, and then none of codes, scales and product any more.
-_KEPT_APART = ["MatMulAddFusion"]
+KEPT_APART = ["MatMulAddFusion"]
 
 _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 error
 
@@ -134,7 +134,7 @@ class OnnxSession(Session):
         name, settings = self._provider(graph)
         try:
             session = ort.InferenceSession(
-                instead or file, options, providers=[(name, settings)], disabled_optimizers=_KEPT_APART
+                instead or file, options, providers=[(name, settings)], disabled_optimizers=KEPT_APART
             )
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")

@@ -57,7 +57,7 @@ def contract_findings(
             census_problems(model, config, CANONICAL, quantization),
         ),
         judged(RUNG, "operators carry the model's numbers", attribute_problems(model, config)),
-        judged(RUNG, "routed weights multiply their own rows alone", routing_problems(model, config)),
+        judged(RUNG, "routed weights multiply their own rows alone", routing_problems(model, config, CANONICAL, quantization)),
         judged(RUNG, "external data are one file", location_problems(model)),
         judged(
             RUNG, "rotary tables are the configuration's, bit for bit", _rope_problems(model, model_file.parent, config, dtype)
@@ -118,13 +118,13 @@ def _weights_finding(
 
 def _codes_finding(weights: QuantizedWeights, config: ModelConfig, checkpoint: Checkpoint, advance: Advance) -> Finding:
     _, read = with_head(checkpoint.config, checkpoint.read, config.head)
-    problems = []
-    for name, (parameter, _) in weights.formats.items():
-        problem = weights.problem(name, read)
-        problems += [f"{name}: {problem}"] if problem else []
-        advance(parameter.numel)
-    told = [f"{len(problems)} of {len(weights.formats)} differ: {'; '.join(problems[:MOST_NAMED])}"] if problems else []
-    return judged(RUNG, "every code is the nearest to the checkpoint's weight", told, weights=len(weights.formats))
+    answers = [(name, weights.half_problem(name, read)) for name in weights.halves]
+    for one in weights.coded:
+        answers.append((one.name, weights.problem(one, read)))
+        advance(one.shape[0] * one.shape[1])
+    problems = [f"{name}: {problem}" for name, problem in answers if problem]
+    told = [f"{len(problems)} of {len(answers)} differ: {'; '.join(problems[:MOST_NAMED])}"] if problems else []
+    return judged(RUNG, "every code is the nearest to the checkpoint's weight", told, weights=len(answers))
 
 
 def _bytes(value: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

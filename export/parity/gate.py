@@ -79,7 +79,7 @@ class Subject:
     def replacement(self, num_threads: int, graphs: Sequence[Graph] = (CANONICAL,)) -> OnnxReplacement:
         """The same with weights replaced, for the laws that are seen so."""
         opened = partial(self.open, num_threads, graphs)
-        return OnnxReplacement(self.model_file, self.dtype, opened, self.quantization, graphs)
+        return OnnxReplacement(self.model_file, self.config, self.dtype, opened, self.quantization, graphs)
 
     def weights(self) -> QuantizedWeights | None:
         """What the graphs hold in the place of the checkpoint's weights; None where they hold those."""

@@ -76,7 +76,7 @@ def measure_losses(config: ModelConfig, checkpoint: Checkpoint, weights: Quantiz
         steps.step("the same through what the codes stand for"),
         TorchSession(decoder_of_codes(config, weights)) as session,
     ):
-        return loss_findings(session, sampled, min(BITS[how.stored] for _, how in weights.formats.values()))
+        return loss_findings(session, sampled, min((BITS[one.how.stored] for one in weights.coded), default=8))
 
 
 def sample(session: Session, seed: int = 11) -> Sampled:

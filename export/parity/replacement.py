@@ -14,8 +14,9 @@ import onnx
 from onnx import TensorProto
 
 from motrt.export.stored_weights import stored_bytes
+from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
-from motrt.model_def.parameters import Parameter
+from motrt.model_def.parameters import Parameter, parameters
 from motrt.model_def.quantization import Quantization, codes_of, scales_of, zero_points_of
 from motrt.runtime.onnx_session import OnnxSession
 
@@ -28,6 +29,7 @@ class OnnxReplacement:
 
     Args:
         model_file: the canonical graph, its external data beside it.
+        config: what it computes.
         dtype: of plain weights.
         open_graphs: opens the graphs, with ``overrides`` or ``replaced`` (see ``OnnxSession``).
         quantization: of its weights.
@@ -37,18 +39,19 @@ class OnnxReplacement:
     def __init__(
         self,
         model_file: Path,
+        config: ModelConfig,
         dtype: str,
         open_graphs: Open,
         quantization: Quantization | None = None,
         graphs: Sequence[Graph] = (CANONICAL,),
     ) -> None:
-        self._file, self._dtype, self._open = model_file, np.dtype(dtype), open_graphs
+        self._file, self._config, self._dtype, self._open = model_file, config, np.dtype(dtype), open_graphs
         self._quantization, self._graphs = quantization, graphs
 
     def with_poison(self, poisoned: Iterable[Parameter]) -> OnnxSession:
         """The graph with NaN for every one of ``poisoned``: of coded weights, for their scales."""
         if self._quantization is not None:
-            names = {scales_of(one.name) if self._is_coded(one) else one.name for one in poisoned}
+            names = {scales_of(self._holder[one.name]) if one.name in self._holder else one.name for one in poisoned}
             return self._with_tensors({name: _nothing(self._stored[name]) for name in names})
         whole = list(poisoned)
         # All views of one buffer: poison costs one weight's memory, not all.
@@ -61,18 +64,21 @@ class OnnxReplacement:
             return self._open(overrides={name: self._value(other) for name, other in pairs.items()})
         tensors = {}
         for name, other in pairs.items():
+            mine, others = (self._holder.get(one, one) for one in (name, other))
             for part in (str, codes_of, scales_of, zero_points_of):
-                if part(name) in self._stored:
-                    tensors[part(name)] = self._stored[part(other)]
+                if part(mine) in self._stored:
+                    tensors[part(mine)] = self._stored[part(others)]
         return self._with_tensors(tensors)
 
     @cached_property
     def _stored(self) -> dict[str, TensorProto]:
         return {one.name: one for one in onnx.load(self._file, load_external_data=False).graph.initializer}
 
-    def _is_coded(self, one: Parameter) -> bool:
-        how = None if self._quantization is None else self._quantization.format_of(one)
-        return how is not None and how.is_coded
+    @cached_property
+    def _holder(self) -> dict[str, str]:
+        """Each coded weight with the name that its codes are stored under."""
+        coded = () if self._quantization is None else self._quantization.coded_weights(parameters(self._config))
+        return {part.name: one.name for one in coded for part in one.parts}
 
     def _value(self, name: str) -> Weight:
         tensor = self._stored[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -24,7 +25,8 @@ from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import EMBEDDING, parameters
-from motrt.model_def.quantization import Scales, codes_of, scales_of, zero_points_of
+from motrt.model_def.quantization import Quantization, Scales, codes_of, scales_of, zero_points_of
+from motrt.runtime import onnx_session
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, load_whole, save_whole, set_weight, weight
@@ -74,17 +76,71 @@ def test_the_gate_passes_every_choice(options: dict[str, Any], tiny_checkpoint: 
     assert parity is not None and parity["verdict"] in ("PASS", "AMBIGUOUS")
 
 
+def test_q_k_and_v_of_a_route_are_one_product_and_put_back_once(int4: Path, make_checkpoint: MakeCheckpoint) -> None:
+    graph = onnx.load(int4 / "model.onnx", load_external_data=False).graph
+    names = {one.name for one in graph.initializer}
+    assert (
+        codes_of("layers.0.attention.wqkv.audio.weight") in names
+        and codes_of("layers.0.attention.wq.audio.weight") not in names
+    )
+    producers = {output: node for node in graph.node for output in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == EQUAL.num_layers and {producers[node.input[0]].op_type for node in splits} == {"Gather"}
+    held = QuantizedWeights(int4 / "model.onnx", EQUAL, quantization_of(int4))
+    read = open_checkpoint(make_checkpoint(EQUAL)).read
+    for name in ("wq", "wk", "wv", "wo"):  # each in its own place
+        name = f"layers.1.attention.{name}.text.weight"
+        assert (held.read(name) - read(name)).norm() < 0.12 * read(name).norm()
+
+
+def test_where_q_and_k_have_norms_the_product_is_cut_before_them(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    config = TINY.replace(qk_norm=True)
+    out = exported(make_checkpoint(config), tmp_path / "b", "int4", verify=True)
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == 2 * config.num_layers and {producers[node.input[0]].op_type for node in splits} == {"MatMul"}
+
+
+def test_parts_of_another_format_stay_by_themselves(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = exported(tiny_checkpoint, tmp_path / "b", "int4", verify=True, parts=("attention.audio=none",))
+    names = {one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.initializer}
+    assert codes_of("layers.0.attention.wqkv.text.weight") in names and "layers.0.attention.wq.audio.weight" in names
+
+
+def quantization_of(bundle: Path) -> Quantization:
+    found = open_bundle(bundle).manifest.quantization
+    assert found is not None
+    return found
+
+
 def test_what_is_multiplied_are_codes_and_not_what_they_stand_for(int4: Path, tmp_path: Path) -> None:
     """There must be one product of codes, scales and activations: weights that are unpacked save nothing."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
     ort.InferenceSession(int4 / "model.onnx", options, providers=["CPUExecutionProvider"])
     run = onnx.load(tmp_path / "as_run.onnx", load_external_data=False)
     fused = [node for node in run.graph.node if node.op_type == "MatMulNBits"]
-    coded = [one for one in parameters(EQUAL) if len(one.shape) == 2 and one.part != "embedding"]
+    coded = [one for one in quantization_of(int4).coded_weights(parameters(EQUAL)) if not one.is_table]
     assert len(fused) == len(coded)
+
+
+def test_a_bias_does_not_keep_codes_from_being_multiplied(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Where onnxruntime knows how many rows a product has, it would rather make one operator of product and bias."""
+    out = tmp_path / "b"
+    export_bundle(
+        make_checkpoint(TINY), out, "int4", verify=False, target="cuda", quantize_options=QuantizeOptions(activations="fp32")
+    )
+    manifest = open_bundle(out).manifest
+    step = next(one for one in manifest.graphs if one.name == "decode.audio")
+    seen = {}
+    for kept_apart in ([], onnx_session.KEPT_APART):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
+        ort.InferenceSession(out / step.file_name, options, providers=["CPUExecutionProvider"], disabled_optimizers=kept_apart)
+        run = onnx.load(tmp_path / "as_run.onnx", load_external_data=False)
+        seen[len(kept_apart)] = sum(node.op_type == "MatMulNBits" for node in run.graph.node)
+    assert seen[1] == len(quantization_of(out).coded_weights(step.parameters(TINY))) > seen[0]
 
 
 def test_generating_needs_no_word_of_how_weights_are_stored(int4: Path) -> None:
@@ -125,7 +181,7 @@ FIRST, SECOND = "layers.0.feed_forward.text.w1.weight", "layers.0.feed_forward.t
 
 def one_scale(model: onnx.ModelProto) -> None:
     scales = weight(model, scales_of(FIRST))
-    scales[1, 5] *= 1.25
+    scales[0, 5] *= 1.25
     set_weight(model, scales_of(FIRST), scales)
 
 
@@ -230,9 +286,7 @@ def test_fewer_bits_lose_more_and_searching_loses_less(tiny_checkpoint: Path, tm
     }
     for name, (precision, scales) in choices.items():
         out = exported(tiny_checkpoint, tmp_path / name, precision, scales=scales)
-        quantization = open_bundle(out).manifest.quantization
-        assert quantization is not None
-        held = QuantizedWeights(out / "model.onnx", TINY, quantization)
+        held = QuantizedWeights(out / "model.onnx", TINY, quantization_of(out))
         found = quantization_loss.measure_losses(TINY, checkpoint, held, Steps())
         means[name] = float(np.mean([float(one.figures["kl_mean"]) for one in found]))
     assert means["int8"] < 0.05 * means["search"] and means["search"] < means["absmax"]

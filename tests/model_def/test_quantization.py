@@ -89,6 +89,18 @@ def test_bytes_are_those_of_codes_and_scales() -> None:
     assert stored_bytes_of(TINY, Quantization.usual("int8", TINY, table="int8"), 4) < plain / 3
 
 
+def test_q_k_and_v_are_kept_as_one_where_that_is_wanted_and_their_formats_agree() -> None:
+    mine = [one for one in parameters(TINY) if one.name.startswith("layers.0.attention.") and one.modality == "text"]
+    alone = Quantization.usual("int4", TINY).coded_weights(mine)
+    assert [one.name.split(".")[3] for one in alone] == ["wq", "wk", "wv", "wo"]
+    together = Quantization.usual("int4", TINY, packed=True).coded_weights(mine)
+    assert [one.name for one in together] == ["layers.0.attention.wqkv.text.weight", "layers.0.attention.wo.text.weight"]
+    assert together[0].shape == (64 + 32 + 32, 64)
+    assert together[0].rows_of("layers.0.attention.wv.text.weight") == slice(96, 128)
+    with pytest.raises(KeyError):
+        together[0].rows_of("layers.0.attention.wo.text.weight")
+
+
 def test_activations_are_rounded_in_the_widest_block_of_any_product() -> None:
     assert Quantization.usual("int4", TINY, 16).activation_block(TINY) == 16
     assert Quantization.usual("int4", TINY, 16, overrides=[("head", "int8", 64)]).activation_block(TINY) == 64

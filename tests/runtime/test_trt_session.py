@@ -25,7 +25,7 @@ from motrt.runtime.gpu import Gpu, Gpus
 from motrt.runtime.load import load
 from motrt.runtime.trt_session import TrtSession
 from motrt.tests.export.models import torch_session
-from motrt.tests.runtime.fake_tensorrt import L40, Context, HostDevice, Library, fake_engines, with_fake_engines
+from motrt.tests.runtime.fake_tensorrt import L40, Context, Engine, HostDevice, Library, fake_engines, with_fake_engines
 
 TINY = ModelConfig.tiny()
 TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
@@ -200,6 +200,21 @@ def test_a_shape_that_tensorrt_refuses_is_named_and_not_taken_for_bound(
             with pytest.raises(BackendError, match=r"(?s)does not take what a pass of decode\.text\.engine needs.*past_key\.0"):
                 session.prefill([TEXT], "text")
         session.prefill([TEXT], "text")
+
+
+def test_memory_that_is_not_there_is_missed_when_a_cache_is_made_and_not_in_the_middle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(bundle) as session:
+        _, cache = session.prefill([TEXT], "text")
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "create_execution_context", lambda self: None)
+            patch.setattr(Engine, "device_memory_size_v2", 3 * 10**9, raising=False)
+            with pytest.raises(BackendError, match=r"decode\.text\.engine: 3\.00 GB are needed .* GB are free"):
+                session.new_cache(1)
+            session.decode_step(TEXT[:1], "text", cache)  # who has begun goes on
+            session.decode_step(AUDIO[:1], "audio", cache)
+        session.decode_step(TEXT[:1], "text", session.prefill([TEXT], "text")[1])
 
 
 def test_a_step_that_can_not_be_recorded_is_done_as_it_is(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
