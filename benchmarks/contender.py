@@ -15,6 +15,7 @@ import time
 from typing import Any, Protocol
 
 PROMPT, LONG_PROMPT, ROWS = 128, 1000, 8
+MOST_STEPS = 240  # of one case, all turns together
 
 # case -> (modality, rows, ids before the steps); a prefill has no ids before.
 CASES = {
@@ -31,8 +32,8 @@ CASES = {
 class Contender(Protocol):
     """What each kind does."""
 
-    def has(self, modality: str, rows: int) -> bool:
-        """Whether it can do such a case."""
+    def has(self, modality: str, rows: int, length: int) -> bool:
+        """Whether it can do such a case, with so many ids before the last step."""
 
     def prefill(self, modality: str, rows: int, count: int) -> Any:
         """Read prompts; returns what ``step`` goes on with."""
@@ -55,8 +56,8 @@ class Motrt:
             self.session = motrt.load(path, {"motrt": "onnxruntime", "torch": "torch"}[kind])
         self.config = self.session.config
 
-    def has(self, modality: str, rows: int) -> bool:
-        return modality in self.config.modality_names
+    def has(self, modality: str, rows: int, length: int) -> bool:
+        return modality in self.config.modality_names and length <= self.config.max_seq_len
 
     def prefill(self, modality: str, rows: int, count: int) -> Any:
         ids = self.config.id_ranges[self.config.modality_index(modality)]
@@ -80,7 +81,7 @@ class LlamaCpp:
         self.model = Llama(path, n_ctx=2048, n_threads=cores, n_threads_batch=cores, n_batch=512, verbose=False)
         self.current: object = None
 
-    def has(self, modality: str, rows: int) -> bool:
+    def has(self, modality: str, rows: int, length: int) -> bool:
         return modality == "text" and rows == 1
 
     def prefill(self, modality: str, rows: int, count: int) -> Any:
@@ -107,12 +108,12 @@ class Genai:
 
         self.og, self.np, self.model = og, np, og.Model(path)
 
-    def has(self, modality: str, rows: int) -> bool:
+    def has(self, modality: str, rows: int, length: int) -> bool:
         return modality == "text" and rows == 1
 
     def prefill(self, modality: str, rows: int, count: int) -> Any:
         settings = self.og.GeneratorParams(self.model)
-        settings.set_search_options(max_length=count + 128, do_sample=False)
+        settings.set_search_options(max_length=count + MOST_STEPS, do_sample=False)
         generator = self.og.Generator(self.model, settings)
         generator.append_tokens(self.np.array([[(7 + 31 * place) % 128000 for place in range(count)]], self.np.int32))
         return generator
@@ -130,7 +131,7 @@ def made(kind: str, path: str) -> Contender:
 def timed(contender: Contender, states: dict[str, Any], case: str, steps: int) -> dict[str, Any]:
     """Some steps of one case, each timed; what comes before them is read when the case is first asked for."""
     modality, rows, before = CASES[case]
-    if not contender.has(modality, rows):
+    if not contender.has(modality, rows, (before or PROMPT) + MOST_STEPS):
         return {"missing": "it has no such thing"}
     seconds = []
     if before and case not in states:
