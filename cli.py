@@ -367,7 +367,7 @@ def export(
     --target tensorrt builds on the GPU that will run the engines; --target tensorrt-rtx builds anywhere, for RTX GPUs. Both
     compute in fp16 or bf16. --target cuda adds graphs for onnxruntime on a GPU.
 
-    --precision int8 and int4 store weights as codes and scales: smaller, and on a CPU as much faster.
+    --precision int8 and int4 store weights as codes and scales: smaller, and faster on a CPU.
     """
     needs_export_packages()
     from motrt.export.bundle_from_checkpoint import export_bundle

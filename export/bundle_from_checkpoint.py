@@ -322,14 +322,26 @@ def _stored_as(
         if options is not None:
             raise InputError(f"--precision {precision} quantises nothing, and takes no options for it")
         return precision, None
-    if stored == "fp8" and target not in ENGINE_TARGETS:
-        raise InputError(f"--precision fp8 is for --target {' and '.join(ENGINE_TARGETS)}: onnxruntime has no product for it")
     options = options or QuantizeOptions()
     overrides = [parse_override(part) for part in options.parts]
     if target != "onnx" and any(selector.startswith("embedding") and kind for selector, kind, _ in overrides):
         raise InputError(
             f"--target {target} cuts the embedding by modality, and takes it in the graph's precision alone: leave "
             "--part embedding=... out"
+        )
+    types = {stored, *(kind for _, kind, _ in overrides)}
+    if "fp8" in types and target not in ENGINE_TARGETS:
+        raise InputError(f"fp8 is for --target {' and '.join(ENGINE_TARGETS)}: onnxruntime has no product for it")
+    if not options.symmetric and (stored == "fp8" or target in ENGINE_TARGETS):
+        raise InputError(
+            "--asymmetric is for int8 and int4 in onnxruntime: fp8 has a zero of its own, and TensorRT takes no zero points"
+        )
+    int8_blocks = [size for _, kind, size in overrides if kind == "int8" and size]
+    int8_blocks += [options.block_size] if stored == "int8" and options.block_size else []
+    if target in ENGINE_TARGETS and int8_blocks:
+        raise InputError(
+            f"--target {target} takes int8 with one scale per output, not in blocks of {int8_blocks[0]}: TensorRT would hold "
+            "what the codes stand for"
         )
     usual = "fp32" if target == "onnx" else "fp16"
     activations = usual if options.activations is None else options.activations

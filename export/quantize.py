@@ -150,7 +150,9 @@ def _ranged(cut: Tensor, how: WeightFormat, dtype: torch.dtype) -> Callable[[flo
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to the dtype that is stored; never zero, which would make a block of zeros into NaN."""
-    sized = scale.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    limits = torch.finfo(dtype)
+    # The least number that there is, below the normal ones: 2^-24 in float16, where weights of a thousandth need it.
+    sized = scale.abs().clamp(min=limits.smallest_normal * limits.eps)
     return torch.copysign(sized, scale).to(dtype).float()
 
 

@@ -16,10 +16,12 @@ from motrt.export.stored_weights import stored_tensor
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import parameters
-from motrt.model_def.quantization import CodedWeight, Quantization, codes_of, scales_of, zero_points_of
+from motrt.model_def.quantization import CODE_RANGE, CodedWeight, Quantization, codes_of, scales_of, zero_points_of
 
 # Scales found by ``search`` lose no more than those of ``absmax``, but for the order in which squares are summed.
 _SUMMATION_ROOM = 1.0 + 1e-5
+
+_ROWS = 512  # outputs that are looked at together
 
 
 class QuantizedWeights:
@@ -32,6 +34,7 @@ class QuantizedWeights:
     """
 
     def __init__(self, model_file: Path, config: ModelConfig, quantization: Quantization) -> None:
+        self.model_file, self.quantization = model_file, quantization
         self._folder, self._signed = model_file.parent, quantization.signed
         self._stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
         self.coded = quantization.coded_weights(parameters(config))
@@ -60,6 +63,8 @@ class QuantizedWeights:
         sizes = scales.scales.abs() if self._signed else scales.scales
         if not bool(torch.isfinite(sizes.float()).all()) or bool((sizes <= 0).any()):
             return f"scales that are {'zero or no' if self._signed else 'not positive'} numbers"
+        if not self._is_within_a_step(one, weight, codes, scales):
+            return "codes that stand for numbers more than half a step from the weights"
         wanted = codes_under(weight, how, scales)
         wrong = (wanted.view(torch.uint8) != codes.view(torch.uint8)).any(1)  # bytes: fp8 compares no other way
         if bool(wrong.any()):
@@ -72,6 +77,26 @@ class QuantizedWeights:
                 f"scales of {int(worse.sum())} outputs lose more than the usual ones, first of output {int(worse.nonzero()[0])}"
             )
         return None
+
+    @staticmethod
+    def _is_within_a_step(one: CodedWeight, weight: Tensor, codes: Tensor, scales: BlockScales) -> bool:
+        """What rounding means, said without the quantiser: half a step from the weight, unless the code is an end of its range.
+
+        An e4m3 number keeps three bits behind the first, so half its step is a sixteenth of it, or half the least number, 2^-9.
+        """
+        size, (low, high) = one.how.block_size or one.shape[1], CODE_RANGE[one.how.stored]
+        for start in range(0, one.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            code, step = codes[rows].float(), scales.scales[rows].float().repeat_interleave(size, 1)
+            zero = 0.0 if scales.zero_points is None else scales.zero_points[rows].float().repeat_interleave(size, 1)
+            half = 0.5 if one.how.stored != "fp8" else (code.abs() / 16).clamp(min=2.0**-10)
+            far = (weight[rows].float() / step - (code - zero)).abs() > half * (1 + 1e-3)
+            outwards = torch.where(
+                code >= high, weight[rows].float() / step + zero >= high, weight[rows].float() / step + zero <= low
+            )
+            if bool((far & ~(((code >= high) | (code <= low)) & outwards)).any()):
+                return False
+        return True
 
     def half_problem(self, name: str, read: Read) -> str | None:
         """The same of a table that is stored in float16."""

@@ -185,7 +185,7 @@ class Quantization:
         def how(kind: Stored | None, size: int | None, is_table: bool) -> WeightFormat | None:
             if kind is None or kind == "fp16":
                 return None if kind is None else WeightFormat(kind)
-            usual = block_size if kind in by_output else block
+            usual = block if kind not in by_output else block_size if kind == stored else None
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
@@ -215,10 +215,7 @@ class Quantization:
             if how is None or not how.is_coded:
                 continue
             name = together_name(one) if self.packed else one.name
-            beside = found.get(name)
-            if beside is not None and beside.how != how:
-                name = one.name  # a part that is stored otherwise stays by itself
-                beside = None
+            beside = found.get(name)  # of the same part and modality, so of the same format
             found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how)
         return tuple(found.values())
 
@@ -227,19 +224,25 @@ class Quantization:
 
         Its kernels round activations to 8 bits in the weights' own blocks (and take one scale per output as blocks of 32).
         """
-        coded = [how for one in parameters(config) if (how := self.format_of(one)) and how.stored in ("int8", "int4")]
-        products = [how.block_size or SMALLEST_FUSED_BLOCK for how in coded]
+        coded = [one.how for one in self.coded_weights(parameters(config)) if not one.is_table]
+        products = [how.block_size or SMALLEST_FUSED_BLOCK for how in coded if how.stored in ("int8", "int4")]
         return max(products, default=None)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Why a model can not be stored so, as sentences; none where it can."""
         names = config.modality_names
+        tables = [one for one in parameters(config) if len(one.shape) == 2]
         known = {*QUANTIZED_PARTS, *names, *(f"{part}.{name}" for part in QUANTIZED_PARTS for name in names)}
         problems = [
             f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, "
             f"modalities {', '.join(names)}"
             for selector, _ in self.formats
             if selector not in known
+        ]
+        problems += [
+            f"no weight of this model is {selector!r}: that part is the same for all modalities"
+            for selector, _ in self.formats
+            if "." in selector and selector in known and not any(selector == f"{one.part}.{one.modality}" for one in tables)
         ]
         coded = [(one, how) for one in parameters(config) if (how := self.format_of(one)) is not None]
         problems += sorted(
@@ -286,7 +289,9 @@ def parse_override(text: str) -> tuple[str, Stored | None, int | None]:
     """
     selector, _, kind = text.partition("=")
     stored, _, size = kind.partition(":")
-    if selector and (stored == "none" or stored in STORED) and (not size or size.isdecimal()) and not kind.endswith(":"):
+    takes_block = stored in CODE_RANGE
+    is_size = not size or (takes_block and size.isdecimal() and int(size) > 0)
+    if selector and (stored == "none" or stored in STORED) and is_size and not kind.endswith(":"):
         return selector, None if stored == "none" else cast(Stored, stored), int(size) if size else None
     raise InputError(
         f"a part is PART=TYPE or PART=TYPE:BLOCK, as in head=int8 or expert.audio=int4:32, TYPE one of {', '.join(STORED)} or "
@@ -320,7 +325,10 @@ def stored_bytes_of(
         itemsize: bytes of a plain number.
         wanted: the weights that are counted; None: all.
     """
-    formats = [(one, quantization.format_of(one) if quantization else None) for one in wanted or parameters(config)]
+    formats = [
+        (one, quantization.format_of(one) if quantization else None)
+        for one in (parameters(config) if wanted is None else wanted)
+    ]
     return sum(one.numel * itemsize if how is None else how.num_bytes(one, itemsize) for one, how in formats)
 
 

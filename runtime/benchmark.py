@@ -4,6 +4,9 @@ A decode step reads every weight of its modality once, and the keys and values o
 not arithmetic, is what it costs. So beside tokens per second stand the bytes of a token, the bandwidth that they came to, and
 the share of a bandwidth that is measured in the same run: of reading as many large arrays as there are cores, one thread each.
 
+The bandwidth is the host's, so the share says nothing of a session on a GPU. Peak memory counts the arrays that it is measured
+with: 128 MiB a core.
+
 Cases take turns, a few steps each, so that a noisy machine is noisy for all of them; figures are medians with quartiles.
 """
 
@@ -19,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motrt.errors import CapacityError, InputError
-from motrt.model_def.parameters import Parameter, parameters_read
+from motrt.model_def.parameters import Parameter, parameters, parameters_read
 from motrt.model_def.quantization import Quantization, stored_bytes_of
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.kv_cache import KVCache
@@ -89,7 +92,9 @@ def benchmark(
         CapacityError: for more positions than the model holds.
     """
     _refuse_sizes(num_prompt, num_tokens, batch_size)
-    config = session.config
+    config, most_rows = session.config, session.most_rows or MOST_BATCH
+    if batch_size > most_rows:
+        raise InputError(f"batch must be at most {most_rows}, the rows that these engines were built for ({batch_size} came)")
     if num_prompt + num_tokens + WARM_UP_STEPS > config.max_seq_len:
         raise CapacityError(
             f"a prompt of {num_prompt} ids, {WARM_UP_STEPS} steps to warm up and {num_tokens} tokens are more than the "
@@ -106,7 +111,7 @@ def benchmark(
         prefills[config.modality_names[index]] = seconds
         cases.append(DecodeCase(config.modality_names[index], (index,) * batch_size, cache))
         on_progress(1)
-    if len(everyone) > 1:
+    if 1 < len(everyone) <= most_rows:
         mixed = tuple(row % len(everyone) for row in range(max(batch_size, len(everyone))))
         prompts = [_prompt(session, index, num_prompt, row) for row, index in enumerate(mixed)]
         _, cache = session.prefill(prompts, [config.modality_names[index] for index in mixed])
@@ -236,10 +241,15 @@ def _decode_figures(
 def weight_bytes_per_step(session: Session, quantization: Quantization | None, modalities: set[int]) -> int:
     """Bytes of the weights that a step with rows of ``modalities`` reads, each once."""
     itemsize = _ITEMSIZES[DTYPE_OF_PRECISION[session.precision]]
-    read: dict[tuple[str, tuple[int, ...]], Parameter] = {}
+    read: dict[tuple[str, str | int], Parameter] = {}
     for modality in modalities:
         name = session.config.modality_names[modality]
-        read |= {(one.name, one.shape): one for one in parameters_read(session.config, name)}
+        whole = {one.name: one.shape for one in parameters(session.config)}
+        # What is read in part, a table or a shared head, is another part for each modality.
+        read |= {
+            (one.name, "all" if one.shape == whole[one.name] else modality): one
+            for one in parameters_read(session.config, name)
+        }
     return stored_bytes_of(session.config, quantization, itemsize, tuple(read.values()))
 
 

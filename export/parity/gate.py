@@ -190,13 +190,18 @@ def climb_session(
     """
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
-        most_rows = session.most_rows
+        most_rows, dtype = session.most_rows, DTYPE_OF_PRECISION[session.precision]
+    asked: list[Finding] = []
+    if weights is not None:  # the reference reads the bundle's own file: that it holds the checkpoint's weights is asked here
+        with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
+            asked = contract_findings(weights.model_file, config, dtype, checkpoint, advance, weights.quantization)
+        asked += measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights)
     with open_it() as session:
         with steps.step("P2 self-consistency"):
-            findings = consistency_findings(session)
+            findings = [*asked, *consistency_findings(session)]
         with steps.step("P3 routing laws"):
             findings += law_findings(session)
         with steps.step("P4 agreement with the reference"):

@@ -58,6 +58,14 @@ class OnnxReplacement:
         nothing = np.full(max(one.numel for one in whole), np.nan, self._dtype)
         return self._open(overrides={one.name: nothing[: one.numel].reshape(one.shape) for one in whole})
 
+    def can_exchange(self, pairs: Mapping[str, str]) -> bool:
+        """Whether every weight is stored as its counterpart is: else one can not stand in the other's place."""
+        return all(self._forms(name) == self._forms(other) for name, other in pairs.items())
+
+    def _forms(self, name: str) -> list[tuple[int, tuple[int, ...]] | None]:
+        found = [self._stored.get(part(self._holder.get(name, name))) for part in (str, codes_of, scales_of, zero_points_of)]
+        return [None if one is None else (one.data_type, tuple(one.dims)) for one in found]
+
     def with_exchanged(self, pairs: Mapping[str, str]) -> OnnxSession:
         """The graph with the value of ``pairs[name]`` for every ``name``."""
         if self._quantization is None:

@@ -28,6 +28,9 @@ class Replacement(Protocol):
     def with_poison(self, poisoned: Iterable[Parameter]) -> Session:
         """NaN for every one of ``poisoned``."""
 
+    def can_exchange(self, pairs: Mapping[str, str]) -> bool:
+        """Whether every weight is stored as its counterpart is."""
+
     def with_exchanged(self, pairs: Mapping[str, str]) -> Session:
         """The value of ``pairs[name]`` for every ``name``."""
 
@@ -122,6 +125,8 @@ def swap_finding(session: Session, replacement: Replacement) -> Finding:
     swapped = _swapped_names(config, first, second)
     if swapped is None:
         return Finding(RUNG, question, Outcome.SKIPPED, f"the experts of {first} and {second} differ in kind or size")
+    if not replacement.can_exchange(swapped):
+        return Finding(RUNG, question, Outcome.SKIPPED, f"the weights of {first} and {second} are stored in different formats")
     # The scenario behind those of one modality each: runs of all, both swapped ones first.
     runs = scenarios(config, seed=10)[len(config.modalities)]
     row = runs.rows[0][: min(NUM_POSITIONS, config.max_seq_len)]

@@ -248,6 +248,9 @@ class TorchReplacement:
                 session.decoder.get_parameter(one.name).fill_(torch.nan)
         return session
 
+    def can_exchange(self, pairs: Mapping[str, str]) -> bool:
+        return True
+
     def with_exchanged(self, pairs: Mapping[str, str]) -> Session:
         session, opened = torch_session(self.checkpoint), open_checkpoint(self.checkpoint)
         with torch.no_grad():

@@ -100,7 +100,7 @@ def test_weights_of_any_size_give_numbers(exponent: int, how: WeightFormat, dtyp
     back = dequantize(codes, how, chosen)
     assert bool(chosen.scales.isfinite().all()) and bool((chosen.scales > 0).all()) and bool(back.isfinite().all())
     assert bool((back[0] == 0).all())
-    if dtype == torch.float32:
+    if dtype == torch.float32 or (dtype == torch.float16 and exponent >= -9):
         assert (back - weight).norm() <= 0.2 * weight.norm()
 
 

@@ -1,8 +1,10 @@
 """Bundles of codes and scales: what is in them, that they are the model, and that the gate sees what is wrong with one."""
 
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ import torch
 
 import motrt
 from motrt.errors import BundleError, ConfigError, InputError, ParityError
+from motrt.export import quantize
 from motrt.export.bundle_from_checkpoint import QuantizeOptions, export_bundle, verify_bundle
 from motrt.export.inspection import inspect
 from motrt.export.parity import quantization_loss
 from motrt.export.parity.findings import Outcome, Report
-from motrt.export.parity.gate import Subject, climb
+from motrt.export.parity.gate import Subject, climb, climb_session
 from motrt.export.parity.scenarios import observe, scenarios
+from motrt.export.quantized_graph import CodeSource
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import EMBEDDING, parameters
-from motrt.model_def.quantization import Quantization, Scales, codes_of, scales_of, zero_points_of
+from motrt.model_def.quantization import CodedWeight, Quantization, Scales, codes_of, scales_of, zero_points_of
 from motrt.runtime import onnx_session
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
@@ -261,7 +265,7 @@ def test_a_small_fault_below_the_roundings_is_seen_all_the_same(
     }
     # The reference reads the file's plain weights; the checkpoint's own stand in P1.
     assert any(one.rung == "P1" and one.outcome is Outcome.FAIL for one in report.findings)
-    assert by_rounding[True] == {Outcome.PASS}
+    assert by_rounding == {False: {Outcome.PASS}, True: {Outcome.PASS}}
 
 
 def test_loss_is_told_apart_from_faults(
@@ -333,6 +337,10 @@ def test_derived_graphs_read_the_same_codes(make_checkpoint: MakeCheckpoint, tmp
         ("int4", {"block_size": 128}, ConfigError, "blocks of 16, 32"),
         ("int4", {"parts": ("haed=int8",)}, ConfigError, "haed"),
         ("int4", {"activations": "fp12"}, InputError, "fp12"),
+        ("int4", {"parts": ("head=fp8",)}, InputError, "fp8 is for --target tensorrt"),
+        ("int4", {"symmetric": False, "target": "tensorrt-rtx"}, InputError, "takes no zero points"),
+        ("int4", {"parts": ("head=int8:32",), "target": "tensorrt-rtx"}, InputError, "one scale per output"),
+        ("int4", {"parts": ("embedding.audio=int8",)}, ConfigError, "the same for all modalities"),
         ("int4", {"parts": ("embedding=int8",), "target": "cuda"}, InputError, "cuts the embedding by modality"),
     ],
 )
@@ -346,7 +354,7 @@ def test_what_can_not_be_quantised_is_said_before_any_work(
 
 def test_widths_that_no_block_fits_are_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The third modality's expert has 24 hidden units."""
-    out = exported(make_checkpoint(THREE), tmp_path / "b", "int8")  # one scale per output where no block fits
+    out = exported(make_checkpoint(THREE), tmp_path / "b", "int8", verify=True)  # one scale per output where no block fits
     assert open_bundle(out).manifest.weights == "int8"
     with pytest.raises(ConfigError, match=r"rows of 24 .*no block size fits"):
         exported(make_checkpoint(THREE), tmp_path / "c", "int8", block_size=16)
@@ -365,16 +373,53 @@ def test_a_manifest_whose_quantisation_is_not_the_models_is_refused(int4: Path, 
 def test_memory_holds_one_weight_at_a_time(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the file is written, no weight is read before the one before it was let go of."""
-    alive: list[Any] = []
-    most = 0
-    real = torch.Tensor.float
+    """No weight is read before the one before it was let go of."""
+    read: list[weakref.ref[torch.Tensor]] = []
+    real = CodeSource._weight
 
-    def counted(self: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        nonlocal most
-        most = max(most, self.numel())
-        return real(self, *arguments, **named)
+    def counted(self: CodeSource, one: CodedWeight) -> torch.Tensor:
+        assert all(weight() is None for weight in read), "an earlier weight is still held"
+        weight = real(self, one).clone()
+        read.append(weakref.ref(weight))
+        return weight
 
-    monkeypatch.setattr(torch.Tensor, "float", counted)
+    monkeypatch.setattr(CodeSource, "_weight", counted)
     exported(make_checkpoint(TINY), tmp_path / "b", "int4")
-    assert not alive and most <= 1 << 18  # chunks, never a whole table at once
+    assert len(read) == 2 * len(quantization_of(tmp_path / "b").coded_weights(parameters(TINY)))  # for scales, and for codes
+
+
+def test_experts_stored_in_different_formats_can_not_be_swapped_and_it_is_said(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    for number, part in enumerate(("expert.audio=none", "audio=int8:16")):
+        out = exported(make_checkpoint(EQUAL), tmp_path / str(number), "int4", verify=True, parts=(part,))
+        parity = open_bundle(out).manifest.parity
+        assert parity is not None and parity["verdict"] in ("PASS", "AMBIGUOUS")
+        assert [one["detail"] for one in parity["findings"] if one["outcome"] == "SKIPPED"] == [
+            "the weights of text and audio are stored in different formats"
+        ]
+
+
+def test_a_quantiser_that_rounds_wrongly_does_not_vouch_for_itself(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = quantize._nearest
+    monkeypatch.setattr(quantize, "_nearest", lambda cut, how, scale, zero: real(cut + 0.6 * scale, how, scale, zero))
+    with pytest.raises(ParityError, match="more than half a step from the weights"):
+        exported(make_checkpoint(TINY), tmp_path / "b", "int8", verify=True)
+
+
+def test_another_backend_is_asked_for_the_checkpoints_weights_too(
+    int4: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Its reference reads the bundle's own file: wrong codes would stand on both sides."""
+    model = load_whole(int4)
+    one_code(model)
+    save_whole(model, tmp_path / "b")
+    told = open_bundle(int4).manifest
+    for folder, verdict in ((int4, Outcome.PASS), (tmp_path / "b", Outcome.FAIL)):
+        held = QuantizedWeights(folder / "model.onnx", EQUAL, quantization_of(int4))
+        opened = partial(OnnxSession, folder / "model.onnx", EQUAL, quantization=told.quantization, exact_activations=True)
+        report = climb_session(opened, EQUAL, open_checkpoint(make_checkpoint(EQUAL)), Steps(), {}, held)
+        assert report.verdict is verdict
+        assert {"P1", "loss"} < {one.rung for one in report.findings}

@@ -73,7 +73,22 @@ def test_a_tied_head_is_not_quantised_where_it_lies() -> None:
         Quantization.usual("int8", TINY.replace(head="shared", tied_embeddings=True))
 
 
-@pytest.mark.parametrize("text", ["", "head", "head=", "head=int3", "=int8", "head=int8:", "head=int8:x", "head=int8:-1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "head",
+        "head=",
+        "head=int3",
+        "=int8",
+        "head=int8:",
+        "head=int8:x",
+        "head=int8:-1",
+        "head=int8:0",
+        "head=none:32",
+        "embedding=fp16:32",
+    ],
+)
 def test_an_override_that_is_none_says_how_one_looks(text: str) -> None:
     with pytest.raises(InputError, match="as in head=int8"):
         parse_override(text)
