@@ -132,10 +132,10 @@ def test_where_steps_can_not_be_recorded_they_are_done_as_they_are(
 ) -> None:
     real: Callable[..., Any] = ort.InferenceSession
 
-    def open_it(file: Path, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+    def open_it(file: Path, options: Any, providers: list[tuple[str, dict[str, str]]], **more: Any) -> Any:
         if "enable_cuda_graph" in providers[0][1]:
             raise RuntimeError("this session can not use the graph capture feature")
-        return real(file, options, providers=[("CPUExecutionProvider", {})])
+        return real(file, options, providers=[("CPUExecutionProvider", {})], **more)
 
     class Refused(OnTheHost):
         def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
