@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python benchmarks/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # mypy is shown the root under its package name by a link inside its own cache, which every other tool skips.
 check: install

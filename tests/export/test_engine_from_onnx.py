@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from motrt.errors import BackendError, BundleError, ExportError, InputError
-from motrt.export import engine_from_onnx
+from motrt.export import bundle_from_checkpoint, engine_from_onnx
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, known_capabilities, refuse_options, weight_bytes
 from motrt.export.inspection import inspect
@@ -81,10 +81,12 @@ def test_engines_hold_codes_where_the_graph_does(stored: Any, tiny_checkpoint: P
     assert sizes == {"int8": {None}, "int4": {32}, "fp8": {None}}[stored]
 
 
-def test_an_engine_of_codes_is_smaller_by_what_the_codes_save(tmp_path: Path) -> None:
+def test_an_engine_of_codes_is_smaller_by_what_the_codes_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's engines are all kernels; here weights outweigh them."""
     config = TINY.replace(modalities=(replace(TINY.modalities[0], vocab_size=16384), TINY.modalities[1]), num_layers=1)
     checkpoint = write_random(tmp_path / "model", config, 0)
+    step = next(graph for graph in plan_for("tensorrt-rtx", config) if graph.name == "decode.text")
+    monkeypatch.setattr(bundle_from_checkpoint, "plan_for", lambda target, config: (step,))
     sizes = {}
     for precision in ("fp16", "int4"):
         out = tmp_path / precision
