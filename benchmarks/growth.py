@@ -7,9 +7,6 @@ that memory gives. That is the law drawn beside each curve, with the bandwidth m
 Points of a curve take turns. For the sizes, models of the same shape and other widths are made in WORK, and removed.
 """
 
-import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +18,7 @@ import click
 import numpy as np
 
 import motrt
+from motrt.benchmarks.document import leave, machine
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.model_def.config import AdapterExpert, ModelConfig, SwigluExpert
 from motrt.model_def.initialize import init_checkpoint
@@ -135,18 +133,18 @@ def narrower(config: ModelConfig, width: int) -> ModelConfig:
     )
 
 
-def of_sizes(bundle: Bundle, work: Path) -> list[Point]:
-    points = []
-    for width in WIDTHS:
-        small = bundle
-        if width != bundle.config.model_width:
-            config = narrower(bundle.config, width)
-            checkpoint = work / f"model-{width}"
-            init_checkpoint(checkpoint, config, "bfloat16")
-            small = export_bundle(checkpoint, work / f"bundle-{width}", bundle.manifest.weights, verify=False).bundle
-        session = motrt.load(small.path, "onnxruntime")
-        points += [point(width, name, session, small, [index], 16) for index, name in enumerate(small.config.modality_names)]
-    return points
+def of_width(bundle: Bundle, work: Path, width: int) -> list[dict[str, Any]]:
+    """A step of each modality of a model so wide; one model is open at a time, because their threads would share the cores."""
+    small = bundle
+    if width != bundle.config.model_width:
+        checkpoint = work / f"model-{width}"
+        init_checkpoint(checkpoint, narrower(bundle.config, width), "bfloat16")
+        small = export_bundle(checkpoint, work / f"bundle-{width}", bundle.manifest.weights, verify=False).bundle
+    with motrt.load(small.path, "onnxruntime") as session:
+        names = small.config.modality_names
+        return measured(
+            [point(width, name, session, small, [index], 16) for index, name in enumerate(names)], measure_bandwidth
+        )
 
 
 TITLES = {
@@ -192,28 +190,27 @@ PATH = click.Path(path_type=Path)
 def main(bundle: Path, work: Path, json_file: Path | None, chart: Path | None) -> None:
     """Measure every curve; one JSON document last."""
     opened, curves = open_bundle(bundle), {}
-    with motrt.load(bundle, "onnxruntime") as session:
-        for name, points in (("context", of_contexts), ("batch", of_batches), ("audio_share", of_shares)):
-            curves[name] = measured(points(session, opened), measure_bandwidth)
-            click.echo(f"{name}: {[(one['at'], one['case'], one['ms'], one['ms_expected']) for one in curves[name]]}")
+    if len(opened.config.modalities) < 2:
+        raise click.UsageError(f"{bundle} has one modality: there is no share of audio rows to measure")
+    if work.exists():
+        raise click.UsageError(f"{work} is there already: name a new folder, because it is removed at the end")
     work.mkdir(parents=True)
     try:
-        curves["width"] = []
-        for width in of_sizes(opened, work):  # one model at a time: several would share the cores
-            curves["width"] += measured([width], measure_bandwidth)
+        with motrt.load(bundle, "onnxruntime") as session:
+            for name, points in (("context", of_contexts), ("batch", of_batches), ("audio_share", of_shares)):
+                curves[name] = measured(points(session, opened), measure_bandwidth)
+                click.echo(f"{name}: {[(one['at'], one['case'], one['ms'], one['ms_expected']) for one in curves[name]]}")
+        curves["width"] = [told for width in WIDTHS for told in of_width(opened, work, width)]
     finally:
         shutil.rmtree(work, ignore_errors=True)
     document = {
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+        "machine": machine("motrt", "onnxruntime", "numpy"),
         "weights": opened.manifest.weights,
         "curves": curves,
     }
     if chart is not None:
         draw(curves, chart)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    click.echo(json.dumps(document))
+    leave(document, json_file)
 
 
 if __name__ == "__main__":

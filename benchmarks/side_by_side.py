@@ -13,12 +13,9 @@ our int4 is in both, and every ratio is to it, in its own group. Tokens/s compar
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import numpy as np
 
 from motrt.benchmarks.contender import CASES
 from motrt.benchmarks.dense import write_dense
+from motrt.benchmarks.document import leave, machine
 from motrt.runtime.benchmark import measure_bandwidth
 from motrt.runtime.bundle import open_bundle
 
@@ -183,18 +181,14 @@ def main(rounds: int, json_file: Path | None, chart: Path | None, work: Path | N
             spread = f"{ratio['ratio']:6.2f}  ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})"
             click.echo(f"{name:24} {case:26} {figures['tokens_per_s']:9.1f} tokens/s   int4 is faster by {spread}")
     document = {
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "packages": {name: version(name) for name in ("motrt", "torch", "onnxruntime", "numpy")},
+        "machine": machine("motrt", "torch", "onnxruntime", "numpy"),
         "memory_bandwidth_bytes_per_s": float(np.median(bandwidths)),
         "rounds": rounds,
         "contenders": found,
     }
     if chart is not None:
         draw(found, chart)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    click.echo(json.dumps(document))
+    leave(document, json_file)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ sends every row through every expert and projection and keeps the wanted result 
 their steps interleaved, so that a noisy machine is noisy for both. The last line is one JSON document.
 """
 
-import json
-import os
-import platform
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import click
 import numpy as np
 
 from motrt.benchmarks.dense import DENSE
+from motrt.benchmarks.document import leave, machine
 from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
 from motrt.model_def.config import PRESETS, ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
@@ -109,20 +106,16 @@ def main(preset: str, work: Path, steps: int, json_file: Path | None) -> None:
         click.echo(f"{name:28} {one['ms_per_step']:9.2f} ms  ({one['ms_quartile_1']:.2f} to {one['ms_quartile_3']:.2f})")
     text, audio = (found[f"sparse, {name}, batch 1"]["ms_per_step"] for name in config.modality_names[:2])
     dense = found[f"dense, {config.modality_names[1]}, batch 1"]["ms_per_step"]
-    packages = {name: version(name) for name in ("motrt", "torch", "onnxruntime")}
     document = {
         "preset": preset,
         "dtype": "float32",
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **packages},
+        "machine": machine("motrt", "torch", "onnxruntime"),
         "cases": found,
         "text_over_audio": round(text / audio, 2),
         "dense_over_sparse_audio": round(dense / audio, 2),
         "parameters_read": {name: num_parameters_read(config, name) for name in config.modality_names},
     }
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    click.echo(json.dumps(document))
+    leave(document, json_file)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from motrt.errors import BackendError, CheckpointError, ExportError, InputError, ParityError
+from motrt.errors import BackendError, CheckpointError, ConfigError, ExportError, InputError, ParityError
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_options, weight_bytes
 from motrt.export.onnx_check import check_onnx
 from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
@@ -121,7 +121,7 @@ def export_bundle(
         quantize_options: for ``int8``, ``int4`` and ``fp8``; None: the usual ones.
 
     Raises:
-        ConfigError: for formats of weights that do not exist, or do not fit the model.
+        InputError: for formats of weights that do not exist, or do not fit the model.
         CheckpointError: for a checkpoint that is not whole, or holds NaN.
         UntrainedRowsError: naming rows of a modality that was never trained.
         BundleError: for a tokenizer that can not be read.
@@ -347,18 +347,21 @@ def _stored_as(
     activations = usual if options.activations is None else options.activations
     if activations not in DTYPE_OF_PRECISION or activations == "fp64":
         raise InputError(f"activations are fp32, fp16 or bf16 ({activations!r} came)")
-    quantization = Quantization.usual(
-        stored,
-        config,
-        options.block_size,
-        options.symmetric,
-        "int8" if target == "onnx" else None,  # a GPU gathers rows of what it computes in, and holds a table once anyway
-        overrides,
-        options.scales,
-        ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks into what it computes in
-        signed=target not in ENGINE_TARGETS,
-        packed=target == "onnx",
-    )
+    try:
+        quantization = Quantization.usual(
+            stored,
+            config,
+            options.block_size,
+            options.symmetric,
+            "int8" if target == "onnx" else None,  # a GPU gathers rows of what it computes in, and holds a table once anyway
+            overrides,
+            options.scales,
+            ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks
+            signed=target not in ENGINE_TARGETS,
+            packed=target == "onnx",
+        )
+    except ConfigError as wrong:  # what was asked for is at fault, and not the model
+        raise InputError(str(wrong)) from None
     return activations, quantization
 
 
@@ -373,7 +376,7 @@ def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
     if verify and precision == "bf16":
         raise BackendError(
             "a bf16 bundle can not be verified here: onnxruntime's CPU kernels have no bfloat16. Export it with --no-verify "
-            "and verify it where a backend runs it, or choose --precision fp32 or fp16"
+            "and verify it where a backend runs it, or choose fp32 or fp16 as --precision (--activations where quantised)"
         )
 
 

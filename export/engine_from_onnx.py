@@ -79,8 +79,8 @@ def refuse_options(options: EngineOptions, precision: str) -> None:
     """
     if precision not in ENGINE_PRECISIONS:
         raise ExportError(
-            f"--target {options.flavour} takes --precision {' or '.join(ENGINE_PRECISIONS)}: TensorRT's fused attention has no "
-            f"kernel for {precision}"
+            f"--target {options.flavour} computes in {' or '.join(ENGINE_PRECISIONS)}: TensorRT's fused attention has no "
+            f"kernel for {precision}. Give one of them as --precision, or as --activations where weights are quantised"
         )
     is_rtx = options.flavour == "tensorrt-rtx"
     switches = {

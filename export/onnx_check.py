@@ -178,7 +178,18 @@ def dequantize_problems(
             numbers = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             sources = tuple(_table_behind(name, producers) for name in node.input)
             found[sources[0]] = (sources[1:], numbers.get("axis", 1), numbers.get("block_size", 0))
-    problems = []
+    turned = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] not in producers]
+    readers: dict[str, list[tuple[str, int]]] = {node.output[0]: [] for node in turned}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name in readers:
+                readers[name].append((node.op_type, place))
+    # Read by anything else, they would be turned back whole at every step, and no rung above would see it.
+    problems = [
+        f"{node.input[0]} is read by {readers[node.output[0]]}, and should be by one MatMul"
+        for node in turned
+        if readers[node.output[0]] != [("MatMul", 1)]
+    ]
     for one in quantization.coded_weights(graph.parameters(config)):
         how = one.how
         scales = (scales_of(one.name), *(() if how.symmetric else (zero_points_of(one.name),)))

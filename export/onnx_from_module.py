@@ -177,7 +177,7 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if converted.isinf().any() and not value.isinf().any():
         raise ExportError(
             f"{name} does not fit {str(dtype).removeprefix('torch.')}: its largest magnitude is "
-            f"{value.abs().max():.4g}. Export with --precision bf16 or fp32."
+            f"{value.abs().max():.4g}. Compute in bf16 or fp32 (--precision, or --activations where weights are quantised)."
         )
     return converted
 

@@ -163,11 +163,14 @@ class TrtSession(Session):
             for one in records
             for problem in one.differences(versions, gpu.name, gpu.compute_capability)
         ]
+        quantized = bundle.manifest.quantization is not None
+        also = " (with the --part, --block-size and --activations that this bundle was made with)" if quantized else ""
         capability = f" --compute-capability {gpu.compute_capability}" if flavour == "tensorrt-rtx" else ""
         raise_all(
             BackendError,
             "these engines can not run here; build them anew with `motrt export "
-            f"{bundle.manifest.source['path']} OUT --target {flavour} --precision {bundle.manifest.weights}{capability}`:",
+            f"{bundle.manifest.source['path']} OUT --target {flavour} --precision {bundle.manifest.weights}"
+            f"{capability}`{also}:",
             problems,
         )
 

@@ -289,7 +289,7 @@ def test_the_bar_of_a_build_goes_to_its_end(copied: Path) -> None:
 
 
 def test_options_that_a_flavour_does_not_have_are_refused() -> None:
-    with pytest.raises(ExportError, match="--target tensorrt-rtx takes --precision fp16 or bf16"):
+    with pytest.raises(ExportError, match="--target tensorrt-rtx computes in fp16 or bf16"):
         refuse_options(RTX, "fp32")
     for options, said in (
         (EngineOptions("tensorrt-rtx", version_compatible=True), "--version-compatible is not for"),
