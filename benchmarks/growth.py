@@ -174,7 +174,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms a step (dashed: what is read, at memory's speed)")
+    panels[0].set_ylabel("ms a step; dashed: reading")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
 
