@@ -52,8 +52,8 @@ def rounded_activations_limit(config: ModelConfig, block: int) -> float:
 
 
 def limit_of(session: Session) -> float:
-    """The limit for what ``session`` computes with."""
+    """The limit for what ``session`` computes with, and for how much its model amplifies rounding."""
     limit = relative_l2_limit(session.config, session.precision)
-    if session.activation_block is None:
-        return limit
-    return limit + rounded_activations_limit(session.config, session.activation_block)
+    if session.activation_block is not None:
+        limit += rounded_activations_limit(session.config, session.activation_block)
+    return limit * session.conditioning

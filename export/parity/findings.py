@@ -6,6 +6,9 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
+# Of the report as JSON; the number grows when a reader of the old one could misread the new one.
+SCHEMA = "motrt.parity/1"
+
 
 class Outcome(str, Enum):
     """PASS, AMBIGUOUS (a near-tie that noise may decide), FAIL, or SKIPPED (with the reason)."""
@@ -46,12 +49,13 @@ class Finding:
             "question": self.question,
             "outcome": self.outcome.value,
             "detail": self.detail,
-            # JSON has no word for infinity and NaN; machines that read it strictly would refuse the whole report.
-            "figures": {
-                name: str(value) if isinstance(value, float) and not isfinite(value) else value
-                for name, value in self.figures.items()
-            },
+            "figures": {name: json_number(value) for name, value in self.figures.items()},
         }
+
+
+def json_number(value: float | int | str) -> float | int | str:
+    """``value`` for JSON, which has no word for infinity and NaN: strict readers would refuse the whole report."""
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def judged(rung: str, question: str, problems: Sequence[str], good: str = "", **figures: float | int | str) -> Finding:
@@ -71,6 +75,8 @@ class Report:
         findings: in the order they were made.
         seconds: of wall time.
         files: sha256 by name, of the very files that were examined.
+        evidence: what a report for people shows beside the findings (positions, greedy tokens, where the limit comes from), as
+            plain JSON values; too much for a manifest.
     """
 
     backend: str
@@ -78,6 +84,7 @@ class Report:
     findings: tuple[Finding, ...]
     seconds: float
     files: Mapping[str, str] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Outcome:
@@ -88,8 +95,14 @@ class Report:
                 return worst
         return Outcome.PASS
 
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        return tuple(one for one in self.findings if one.outcome is Outcome.FAIL)
+
     def to_dict(self) -> dict[str, Any]:
+        """The verdict and its findings: what a manifest keeps."""
         return {
+            "schema": SCHEMA,
             "verdict": self.verdict.value,
             "backend": self.backend,
             "reference": self.reference,
@@ -97,3 +110,7 @@ class Report:
             "files": dict(self.files),
             "findings": [finding.to_dict() for finding in self.findings],
         }
+
+    def to_page(self) -> dict[str, Any]:
+        """The same with all evidence: what ``report.json`` holds."""
+        return {**self.to_dict(), **self.evidence}

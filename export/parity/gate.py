@@ -9,20 +9,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from motrt.export.parity.agreement import agreement_findings, compare, noise_of
+from motrt.errors import CheckpointError
+from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of
+from motrt.export.parity.calibration import Calibration, calibrate, expected_difference, explanation
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
 from motrt.export.parity.derived import derived_contract_findings, named_for, own_consistency_findings, served, use_finding
 from motrt.export.parity.findings import Finding, Outcome, Report
-from motrt.export.parity.generation import Greedy, Plan, generation_findings, greedy, plans
+from motrt.export.parity.generation import (
+    Generated,
+    Greedy,
+    Plan,
+    generate_plans,
+    generation_findings,
+    greedy,
+    judge_generated,
+    plans,
+)
+from motrt.export.parity.hostile import brought_scenarios, hostile_scenarios, remarkable_ids, sampled_scenario
 from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
 from motrt.export.parity.replacement import OnnxReplacement
 from motrt.export.parity.routing_laws import Replacement, absence_finding, law_findings, swap_finding
-from motrt.export.parity.scenarios import NUM_DECODE_STEPS, Observation, Scenario, observe, scenarios, with_fewer_rows
+from motrt.export.parity.scenarios import NUM_DECODE_STEPS, Int64, Observation, Scenario, in_batches, observe, scenarios
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint
@@ -33,6 +46,7 @@ from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
+from motrt.runtime.tolerances import limit_of, rounded_activations_limit
 from motrt.runtime.torch_session import TorchSession
 
 # On a GPU steps are cheap, and errors of half precision have further to travel.
@@ -40,6 +54,12 @@ NUM_GPU_STEPS = 64
 
 # Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
 LARGEST_FLOAT64_REFERENCE = 10_000_000
+
+
+# Rows of one batch: more would only take memory.
+MOST_ROWS = 32
+
+OpenSession = TypeVar("OpenSession", bound=Session)
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,22 @@ class Subject:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the reference said to everything that will be asked."""
+    """What the reference said to everything that will be asked, and to itself."""
 
     name: str
     scenarios: tuple[tuple[Scenario, list[Observation]], ...]
     plans: tuple[tuple[Plan, Greedy], ...]
+    calibration: Calibration
+
+    def taken_by(self, session: OpenSession) -> OpenSession:
+        """``session``, allowed what this model does to rounding."""
+        session.conditioning = self.calibration.conditioning
+        return session
 
 
-def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0) -> Report:
+def climb(
+    subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0, brought: Sequence[Int64] = ()
+) -> Report:
     """P1 to P5 for onnxruntime on the CPU against PyTorch.
 
     Args:
@@ -107,6 +135,7 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         checkpoint: what it was made of.
         steps: told of progress.
         num_threads: onnxruntime's; 0: one per core.
+        brought: a user's own sequences, to be compared besides.
     """
     started = time.perf_counter()
     config, dtype, quantization = subject.config, subject.dtype, subject.quantization
@@ -119,8 +148,8 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     if (weights := subject.weights()) is not None:
         losses = measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
-        expected = reference(config, checkpoint, weights=weights)
-    with subject.open(num_threads) as session:
+        expected = reference(config, checkpoint, weights=weights, brought=brought)
+    with expected.taken_by(subject.open(num_threads)) as session:
         with steps.step("P2 self-consistency"):
             findings += consistency_findings(session)
         with steps.step("P3 routing laws"):
@@ -129,21 +158,42 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
             compared = compare(session, expected.scenarios)
             findings += agreement_findings(session, compared)
         with steps.step("P5 generation"):
-            findings += generation_findings(session, expected.plans, noise_of(compared))
-        backend = session.backend
+            generated = generate_plans(session, expected.plans)
+            findings += [judge_generated(one, noise_of(compared)) for one in generated]
+        block = None if quantization is None else quantization.activation_block(config)
+        backend, evidence = session.backend, _evidence(session, expected, compared, generated, block)
     for graph in subject.graphs:
         with steps.step(f"P2 to P5 of {graph.name}"):
             findings += named_for(graph, _climb_derived(subject, graph, expected, num_threads))
-    if quantization is not None and quantization.activation_block(config) is not None:
+    if block is not None:
         with steps.step("P2 to P4 with rounded activations"):
             findings += _climb_rounded(subject, expected, num_threads)
     findings += losses
-    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files)
+    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files, evidence)
+
+
+def _evidence(
+    session: Session,
+    expected: Expectation,
+    compared: Sequence[Compared],
+    generated: Sequence[Generated],
+    block: int | None,
+) -> dict[str, Any]:
+    """What a report for people shows beside the findings; ``block``: of activations that are rounded where it is deployed."""
+    rounded = None if block is None else rounded_activations_limit(session.config, block)
+    limit = limit_of(session)
+    return {
+        "limit": limit,
+        "explanation": explanation(session.config, session.precision, limit, expected.calibration, rounded),
+        "calibration": expected.calibration.to_dict(),
+        "positions": evidence_of(session, compared),
+        "greedy": [one.to_dict(session.config) for one in generated],
+    }
 
 
 def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_threads: int) -> list[Finding]:
     """P2 to P5 of one derived graph, the canonical one behind it for what it does not serve."""
-    with subject.open(num_threads, (graph, CANONICAL)) as session:
+    with expected.taken_by(subject.open(num_threads, (graph, CANONICAL))) as session:
         findings = own_consistency_findings(session, graph)
         if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
             findings += law_findings(session) + _laws_of_weights(session, subject.replacement(num_threads, (graph, CANONICAL)))
@@ -160,7 +210,7 @@ def _climb_rounded(subject: Subject, expected: Expectation, num_threads: int) ->
     Weights and routing were asked of it without that, as tightly as of any graph; what is asked here is that the rounding costs
     no more than rounding can. A near-tie that falls the other way is no question any more.
     """
-    with subject.open(num_threads, exact=False) as session:
+    with expected.taken_by(subject.open(num_threads, exact=False)) as session:
         compared = compare(session, expected.scenarios)
         found = [*consistency_findings(session), *law_findings(session), *agreement_findings(session, compared)]
     settled = {Outcome.AMBIGUOUS: Outcome.PASS}
@@ -177,6 +227,7 @@ def climb_session(
     steps: Steps,
     files: Mapping[str, str],
     weights: QuantizedWeights | None = None,
+    brought: Sequence[Int64] = (),
 ) -> Report:
     """P2 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
 
@@ -187,6 +238,7 @@ def climb_session(
         steps: told of progress.
         files: sha256 by name of the files examined, for the report.
         weights: what is in the place of the checkpoint's weights, where they are quantised.
+        brought: a user's own sequences, to be compared besides.
     """
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
@@ -198,8 +250,8 @@ def climb_session(
         asked += measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights)
-    with open_it() as session:
+        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, brought)
+    with expected.taken_by(open_it()) as session:
         with steps.step("P2 self-consistency"):
             findings = [*asked, *consistency_findings(session)]
         with steps.step("P3 routing laws"):
@@ -208,11 +260,13 @@ def climb_session(
             compared = compare(session, expected.scenarios)
             findings += agreement_findings(session, compared)
         with steps.step("P5 generation"):
-            findings += generation_findings(session, expected.plans, noise_of(compared))
+            generated = generate_plans(session, expected.plans)
+            findings += [judge_generated(one, noise_of(compared)) for one in generated]
+        evidence = _evidence(session, expected, compared, generated, session.activation_block)
         passes: Mapping[str, int] = getattr(session, "passes", {})
         findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
         backend = session.backend
-    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files)
+    return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files, evidence)
 
 
 def reference(
@@ -222,6 +276,7 @@ def reference(
     num_steps: int = NUM_DECODE_STEPS,
     most_rows: int | None = None,
     weights: QuantizedWeights | None = None,
+    brought: Sequence[Int64] = (),
 ) -> Expectation:
     """Ask the PyTorch decoder everything, then let go of it.
 
@@ -230,22 +285,53 @@ def reference(
     size = sum(parameter.numel for parameter in parameters(config))
     precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False
+    chosen = [*hostile_scenarios(config, remarkable_ids(config, checkpoint.read)), *brought_scenarios(config, brought)]
     if weights is not None:
         with TorchSession(decoder_of_codes(config, weights, precision, device)) as session:
-            return ask(session, num_steps, most_rows)
+            return ask(session, num_steps, most_rows, chosen)
     # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
     with TorchSession.open(checkpoint, precision, device, config.max_seq_len) as session:
-        return ask(session, num_steps, most_rows)
+        return ask(session, num_steps, most_rows, chosen)
 
 
-def ask(session: Session, num_steps: int = NUM_DECODE_STEPS, most_rows: int | None = None) -> Expectation:
-    """Everything that P4 and P5 will want to know."""
-    wanted = [with_fewer_rows(one, most_rows) for one in scenarios(session.config, num_steps=num_steps)]
+def ask(
+    session: Session, num_steps: int = NUM_DECODE_STEPS, most_rows: int | None = None, chosen: Sequence[Scenario] = ()
+) -> Expectation:
+    """Everything that P4 and P5 will want to know.
+
+    Args:
+        session: the reference.
+        num_steps: decode steps of the usual scenarios.
+        most_rows: of a batch; what is examined may take no more.
+        chosen: scenarios beside the usual ones.
+    """
+    usual = scenarios(session.config, num_steps=num_steps)
+    sampled = sampled_scenario(session)
+    wanted = [*usual, *chosen, *([] if sampled is None else [sampled])]
+    batches = [part for one in wanted for part in in_batches(one, min(MOST_ROWS, most_rows or MOST_ROWS))]
+    calibration = Calibration(session.precision, expected_difference(session.config, session.precision))
+    if session.config.max_seq_len > 2:
+        calibration = calibrate(session, usual[-2])
+    _refuse_nothing(batches, said := [observe(session, one) for one in batches], session)
     return Expectation(
         name=f"{session.backend}, {session.precision}",
-        scenarios=tuple((scenario, observe(session, scenario)) for scenario in wanted),
+        scenarios=tuple(zip(batches, said, strict=True)),
         plans=tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(session.config)),
+        calibration=calibration,
     )
+
+
+def _refuse_nothing(asked: Sequence[Scenario], said: Sequence[Sequence[Observation]], reference: Session) -> None:
+    """Raise where the reference itself gives no numbers: nothing can be compared with that."""
+    names = reference.config.modality_names
+    for scenario, observations in zip(asked, said, strict=True):
+        for one in observations:
+            if not np.isfinite(one.logits).all():
+                raise CheckpointError(
+                    f"the reference itself ({reference.backend}, {reference.precision}) gives no number, first in "
+                    f"'{scenario.name}', row {one.row}, position {one.position}, for {names[one.predicted]}: the checkpoint's "
+                    "weights are at fault, look at them with `motrt inspect`"
+                )
 
 
 def _laws_of_weights(session: Session, replacement: Replacement) -> list[Finding]:

@@ -6,11 +6,12 @@ rounding may fall either way there. Anything else is FAIL.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from motrt.errors import BackendError
-from motrt.export.parity.findings import Finding, Outcome
+from motrt.export.parity.findings import Finding, Outcome, json_number
 from motrt.export.parity.tolerances import NEAR_TIE_DEVIATIONS
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.schedule import Progress
@@ -85,33 +86,83 @@ def _say(said: Greedy, logits: Logits, ids: range) -> None:
     said.rms.append(float(np.sqrt(np.mean(np.square(inside, dtype=np.float64)))))
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a session generated where the reference said something.
+
+    Attributes:
+        plan: what was asked for.
+        expected: what the reference said.
+        came: the session's tokens.
+        failure: why it ended early; empty where it did not.
+    """
+
+    plan: Plan
+    expected: Greedy
+    came: tuple[int, ...]
+    failure: str = ""
+
+    @property
+    def matched(self) -> int:
+        """Tokens until the first that differs."""
+        pairs = enumerate(zip(self.expected.tokens, self.came, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(self.expected.tokens), len(self.came)))
+
+    def to_dict(self, config: ModelConfig) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "plan": self.plan.name,
+            "expected": list(self.expected.tokens),
+            "came": list(self.came),
+            "modalities": [config.modality_names[index] for index in self.plan.modalities],
+            "margins": [json_number(one) for one in self.expected.margins],
+            "matched": self.matched,
+        }
+
+
 def generation_findings(session: Session, references: Sequence[tuple[Plan, Greedy]], noise: float) -> list[Finding]:
-    """Let ``session`` generate each plan through the product's own loop, and compare with the reference's tokens.
+    """Let ``session`` generate each plan, and compare; see ``generate_plans`` and ``judge_generated``."""
+    return [judge_generated(one, noise) for one in generate_plans(session, references)]
+
+
+def generate_plans(session: Session, references: Sequence[tuple[Plan, Greedy]]) -> list[Generated]:
+    """Let ``session`` generate each plan through the product's own loop.
 
     Args:
         session: what is examined.
         references: each plan with what the reference said.
-        noise: the measured error of a logit, as a standard deviation.
     """
-    return [_compared(session, plan, expected, noise) for plan, expected in references]
+    return [_generated(session, plan, expected) for plan, expected in references]
 
 
-def _compared(session: Session, plan: Plan, expected: Greedy, noise: float) -> Finding:
+def _generated(session: Session, plan: Plan, expected: Greedy) -> Generated:
     names = session.config.modality_names
 
     def schedule(progress: Progress) -> str | None:
         done = len(progress.tokens)
         return names[plan.modalities[done]] if done < len(plan.modalities) else None
 
-    question = f"greedy tokens agree {plan.name}"
+    came: list[int] = []
     try:
-        came = [step.token_id for step in session.generate(plan.prompt, schedule=schedule)]
+        came.extend(step.token_id for step in session.generate(plan.prompt, schedule=schedule))
     except BackendError as failure:  # logits that no id can be chosen from: a finding, not the end of the climb
-        return Finding(RUNG, question, Outcome.FAIL, str(failure))
-    pairs = enumerate(zip(expected.tokens, came, strict=False))
-    matched = next((i for i, (a, b) in pairs if a != b), min(len(expected.tokens), len(came)))
+        return Generated(plan, expected, tuple(came), str(failure))
+    return Generated(plan, expected, tuple(came))
+
+
+def judge_generated(generated: Generated, noise: float) -> Finding:
+    """PASS where every token agrees; else the first that differs decides.
+
+    Args:
+        generated: what came and what was expected.
+        noise: the measured error of a logit, as a standard deviation.
+    """
+    expected, came, matched = generated.expected, generated.came, generated.matched
+    question = f"greedy tokens agree {generated.plan.name}"
+    if generated.failure:
+        return Finding(RUNG, question, Outcome.FAIL, generated.failure)
     figures = {"tokens": len(expected.tokens), "matched": matched, "noise": noise}
-    if came == expected.tokens:
+    if list(came) == expected.tokens:
         return Finding(RUNG, question, Outcome.PASS, "", figures)
     if matched in (len(came), len(expected.tokens)):
         detail = f"{len(came)} tokens came where {len(expected.tokens)} were asked for"

@@ -1,7 +1,8 @@
-"""What the ladder feeds: sequences of every modality pattern, read and then decoded step by step, and what comes out.
+"""What the ladder feeds: sequences of all modalities, read and then decoded step by step, and what comes out.
 
 A scenario is a batch of known sequences. Each row's beginning is prefilled (whole, or in chunks), the rest is fed one
-token at a time, and the logits of every real position are kept: of each, it is known which modality it predicts.
+token at a time, and the logits of every real position are kept: of each, it is known which modality it predicts. Sequences
+that are chosen to hurt stand in ``hostile``.
 """
 
 from collections.abc import Sequence
@@ -32,12 +33,16 @@ class Scenario:
         rows: per row its ids; the last id is only predicted, never fed.
         num_prompt: per row how many ids are prefilled.
         chunk_size: most columns per prefill pass; None: all at once.
+        start: positions that every row is taken to hold already: what a new cache has there, zeros.
+        watched_from: the first place in a row whose logits are kept; those before it only fill the cache.
     """
 
     name: str
     rows: tuple[Int64, ...]
     num_prompt: tuple[int, ...]
     chunk_size: int | None = None
+    start: int = 0
+    watched_from: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -52,7 +57,8 @@ class Observation:
         row: of the batch.
         position: of the token that was read.
         predicted: the modality predicted there.
-        phase: ``prefill``, ``chunked prefill``, ``change-over``, ``early decode`` or ``late decode``.
+        phase: ``change-over`` where another modality is predicted than the token's own, ``after change-over`` where the token
+            is the first of its modality; else ``prefill``, ``chunked prefill``, ``early decode`` or ``late decode``.
         logits: within the range.
         leaked: ids outside the range that are not -inf.
     """
@@ -95,6 +101,14 @@ def with_fewer_rows(scenario: Scenario, most: int | None) -> Scenario:
     return replace(scenario, rows=scenario.rows[:most], num_prompt=scenario.num_prompt[:most])
 
 
+def in_batches(scenario: Scenario, most: int) -> list[Scenario]:
+    """The same rows, at most ``most`` at once."""
+    return [
+        replace(scenario, rows=scenario.rows[at : at + most], num_prompt=scenario.num_prompt[at : at + most])
+        for at in range(0, len(scenario.rows), most)
+    ]
+
+
 class _Maker:
     """Draws ids of given modalities, the first and last id of each range among them."""
 
@@ -130,9 +144,9 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
         scenario: what is fed.
         reserve: positions that the cache has room for from the start; it grows by buckets as it fills.
     """
-    cache = session.new_cache(len(scenario.rows), max(*scenario.num_prompt, reserve))
+    cache = session.new_cache(len(scenario.rows), max(scenario.start + max(scenario.num_prompt), reserve))
     found = _observe_prefill(session, scenario, cache)
-    cache.lengths[:] = scenario.num_prompt
+    cache.lengths[:] = scenario.start + np.array(scenario.num_prompt)
     for step in range(scenario.num_steps):
         session.reserve(cache, int(cache.lengths.max()) + 1)
         columns = np.array(scenario.num_prompt) + step
@@ -149,7 +163,7 @@ def _observe_prefill(session: Session, scenario: Scenario, cache: KVCache) -> li
     found = []
     for start in range(0, longest, width):
         stop = min(start + width, longest)
-        cache.lengths[:] = np.minimum(scenario.num_prompt, start)
+        cache.lengths[:] = scenario.start + np.minimum(scenario.num_prompt, start)
         ids = np.stack([_padded(row[:end], start, stop) for row, end in zip(scenario.rows, scenario.num_prompt, strict=True)])
         found += _observe_pass(session, scenario, cache, ids, phase)
     return found
@@ -161,29 +175,35 @@ def _padded(prompt: Int64, start: int, stop: int) -> Int64:
 
 
 def _observe_pass(session: Session, scenario: Scenario, cache: KVCache, ids: Int64, phase: str) -> list[Observation]:
-    """One pass; logits wanted wherever a real token stands."""
+    """One pass; logits wanted wherever a real token stands that is watched."""
     config, width = session.config, ids.shape[1]
+    places = cache.lengths - scenario.start  # of each row's first new token, in its row
     wanted = [
-        (row, column, int(cache.lengths[row]) + column)
+        (row, column, int(places[row]) + column)
         for row in range(len(ids))
         for column in range(width)
-        if "decode" in phase or cache.lengths[row] + column < scenario.num_prompt[row]
+        if places[row] + column >= scenario.watched_from
+        and ("decode" in phase or places[row] + column < scenario.num_prompt[row])
     ]
-    predicted = np.array(
-        [config.modality_of(int(scenario.rows[row][position + 1])) for row, _, position in wanted], dtype=np.int64
-    )
+    predicted = np.array([config.modality_of(int(scenario.rows[row][place + 1])) for row, _, place in wanted], dtype=np.int64)
     index = np.array([row * width + column for row, column, _ in wanted], dtype=np.int64)
     inputs = StepInputs(ids, modality_of_ids(ids, config), cache.lengths.copy(), index, predicted)
     logits = session.run(inputs, cache)
     return [
-        _observation(config, row, position, int(modality), _phase(config, scenario, row, position, phase), values)
-        for (row, _, position), modality, values in zip(wanted, predicted, logits, strict=True)
+        _observation(
+            config, row, scenario.start + place, int(modality), _phase(config, scenario.rows[row], place, phase), values
+        )
+        for (row, _, place), modality, values in zip(wanted, predicted, logits, strict=True)
     ]
 
 
-def _phase(config: ModelConfig, scenario: Scenario, row: int, position: int, phase: str) -> str:
-    here, there = scenario.rows[row][position], scenario.rows[row][position + 1]
-    return "change-over" if config.modality_of(int(here)) != config.modality_of(int(there)) else phase
+def _phase(config: ModelConfig, row: Int64, place: int, phase: str) -> str:
+    here = config.modality_of(int(row[place]))
+    if config.modality_of(int(row[place + 1])) != here:
+        return "change-over"
+    if place > 0 and config.modality_of(int(row[place - 1])) != here:
+        return "after change-over"
+    return phase
 
 
 def _observation(
