@@ -39,6 +39,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_AMBIGUOUS = 1, 2, 3
 PRESETS = ("tiny", "small", "llama-3.2-1b", "llama-3.2-1b-text")
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPT_BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "cuda", "onnxruntime", "torch")
+CHECKS = ("size", "hash", "answer")
 
 # So that a command line without a limit ends soon.
 DEFAULT_MAX_TOKENS = 64
@@ -453,7 +454,13 @@ def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as
 @click.option("--seed", type=int, help="Where chance starts; a fresh one where not said.")
 @click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
-@click.option("--check", type=click.Choice(["size", "hash"]), default="size", show_default=True, help="Of the bundle's files.")
+@click.option(
+    "--check",
+    type=click.Choice(CHECKS),
+    default="size",
+    show_default=True,
+    help="Of the bundle's files; answer: of what the session says to the bundle's question, too.",
+)
 @json_option
 @mends
 def generate(

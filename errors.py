@@ -55,10 +55,10 @@ class BackendError(MotrtError):
 
 
 class ParityError(MotrtError):
-    """What runs is not the model: the parity gate said FAIL.
+    """What runs is not the model: the parity gate said FAIL, or a session did not give its bundle's known answer.
 
     Attributes:
-        report: the gate's report, as plain JSON values.
+        report: what was found, as plain JSON values: the gate's report, or every difference from the answer.
     """
 
     def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:

@@ -5,18 +5,17 @@ whatever goes wrong on the way, a failed proof included, leaves nothing.
 """
 
 import logging
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from motrt.errors import BackendError, CheckpointError, ConfigError, ExportError, InputError, ParityError
+from motrt.export.answer_from_weights import known_answer
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_options, weight_bytes
 from motrt.export.onnx_check import check_onnx
 from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
@@ -48,13 +47,14 @@ from motrt.runtime.bundle import (
 )
 from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
+from motrt.runtime.known_answer import KnownAnswer
 from motrt.runtime.load import open_session, read_tokenizer, source_of
+from motrt.runtime.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 QUANTIZED: dict[str, Stored] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
-PACKAGES = ("motrt", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy", "polygraphy", "tensorrt-rtx", "tensorrt")
 
 _GRAPH_BYTES = 8 << 20  # more than model.onnx and the manifest ever take
 
@@ -159,13 +159,14 @@ def export_bundle(
             precision=precision,
             files=files,
             source=source,
-            versions=_versions(),
+            versions=installed_versions(),
             parity=None if report is None else report.to_dict(),
             operators=operators,
             target=target,
             graphs=work.graphs,
             engines=engines,
             quantization=quantization,
+            answer=work.known_answer(folder, read),
         )
         if on_gpu:
             on_target = _prove_on_gpu(Bundle(folder, manifest), work)
@@ -223,6 +224,14 @@ class _Work:
             for graph in self.graphs:
                 check_onnx(folder / graph.file_name, self.config, self.dtype, graph, self.quantization)
             return check_onnx(folder / MODEL_FILE, self.config, self.dtype, quantization=self.quantization)
+
+    def known_answer(self, folder: Path, read: Read) -> KnownAnswer | None:
+        """What the weights of the bundle, or what its codes stand for, say to a short question."""
+        if self.quantization is not None:
+            read = QuantizedWeights(folder / MODEL_FILE, self.config, self.quantization).read
+        total = sum(one.numel for one in parameters(self.config))
+        with self.steps.step("known answer", total, "parts") as advance:
+            return known_answer(self.config, read, self.precision, advance)
 
     def build_engines(self, folder: Path, options: EngineOptions) -> tuple[EngineRecord, ...]:
         return tuple(
@@ -429,15 +438,3 @@ def _counting(read: Read, advance: Advance) -> Read:
         return value
 
     return counted
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    return found | {name: _version_of(name) for name in PACKAGES}
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -19,6 +19,7 @@ from motrt.model_def.graph import TARGETS, Graph, Target
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 from motrt.runtime.engine_record import EngineRecord
+from motrt.runtime.known_answer import KnownAnswer
 
 # Bump when an older runtime could misread the folder.
 FORMAT_VERSION = 1
@@ -55,6 +56,7 @@ class Manifest:
         graphs: those derived of the canonical graph, most special first.
         engines: what was compiled of them.
         quantization: which weights are stored in fewer bits, and how; None: none.
+        answer: what a session must say to a short question; None in bundles of older versions.
     """
 
     config: ModelConfig
@@ -68,6 +70,7 @@ class Manifest:
     graphs: tuple[Graph, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
     quantization: Quantization | None = None
+    answer: KnownAnswer | None = None
 
     @property
     def signature(self) -> Signature:
@@ -94,6 +97,7 @@ class Manifest:
             "graphs": [graph.to_dict() for graph in self.graphs],
             "engines": [engine.to_dict() for engine in self.engines],
             "parity": None if self.parity is None else dict(self.parity),
+            "answer": None if self.answer is None else self.answer.to_dict(),
         }
 
 
@@ -227,12 +231,19 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             graphs=tuple(Graph.from_dict(one, config) for one in values.get("graphs", ())),
             engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),
             quantization=None if (coded := values.get("quantization")) is None else Quantization.from_dict(coded),
+            answer=None if (known := values.get("answer")) is None else KnownAnswer.from_dict(known),
         )
         if manifest.target not in TARGETS:
             raise BundleError(f"{folder} is made for {manifest.target!r}, which this motrt does not know: upgrade motrt")
         if manifest.quantization is not None:
             raise_all(
                 BundleError, f"{folder}: the manifest contradicts itself; export again:", manifest.quantization.problems(config)
+            )
+        if manifest.answer is not None:
+            raise_all(
+                BundleError,
+                f"{folder}: the manifest's answer contradicts it; export again:",
+                manifest.answer.problems_of(config),
             )
         if manifest.signature.to_dict() != values["signature"]:
             raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")

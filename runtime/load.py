@@ -9,6 +9,7 @@ from motrt.model_def.graph import CANONICAL
 from motrt.runtime.backends import ORDER, probe
 from motrt.runtime.bundle import Bundle, is_bundle, open_bundle
 from motrt.runtime.gpu import find_gpus
+from motrt.runtime.known_answer import check_answer
 from motrt.runtime.session import Session
 from motrt.runtime.tensorrt_library import FLAVOURS
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BACKENDS = ("auto", *ORDER)
+
+CHECKS = ("size", "hash", "answer")
 
 MOST_THREADS = 4096
 
@@ -36,7 +39,8 @@ def load(
         backend: ``auto`` takes the best that a known-answer run finds usable here and the bundle is made for (and torch for a
             checkpoint); ``tensorrt`` and ``tensorrt-rtx`` run the bundle's engines, ``cuda`` its graphs in onnxruntime on a
             GPU, ``onnxruntime`` on the CPU; ``torch`` is the reference, from the bundle's source checkpoint.
-        check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded.
+        check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded, ``answer`` compares
+            sizes and then asks the session the bundle's question: one that does not give the known answer is refused.
         num_threads: for products; 0: one per core. Ignored by torch.
         checkpoint: what the bundle was made of, for ``torch``; None: where the manifest says it lay.
 
@@ -44,26 +48,59 @@ def load(
         A session: a context manager that holds the weights until it is closed.
 
     Raises:
-        InputError: for another backend or check, or an impossible number of threads.
-        BundleError: when the bundle is missing, damaged or newer than this version.
+        InputError: for another backend or check, an impossible number of threads, or where there can be no known answer: of a
+            checkpoint, and of the torch backend for a quantised bundle.
+        BundleError: when the bundle is missing, damaged or newer than this version, or carries no answer to check.
         CheckpointError: when the torch backend finds no checkpoint, or another than the bundle was made of.
         BackendError: when the library that the backend needs is not installed, or can not run the graph.
+        ParityError: when the session does not give the known answer.
     """
     folder = Path(path)
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)} ({backend!r} came)")
-    if check not in ("size", "hash"):
-        raise InputError(f"check must be 'size' or 'hash' ({check!r} came)")
+    if check not in CHECKS:
+        raise InputError(f"check must be {', '.join(map(repr, CHECKS[:-1]))} or {CHECKS[-1]!r} ({check!r} came)")
     if not isinstance(num_threads, int) or not 0 <= num_threads <= MOST_THREADS:
         raise InputError(f"num_threads must be a whole number in 0..{MOST_THREADS}, 0: one per core ({num_threads!r} came)")
     if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
+        if check == "answer":
+            raise InputError(f"{folder} is a checkpoint, and bundles alone carry a known answer: make one with `motrt export`")
         return _with_tokenizer(*_torch_session(folder))
-    bundle = open_bundle(folder, check)
+    bundle = open_bundle(folder, "size" if check == "answer" else check)
+    if check == "answer":
+        _refuse_unanswerable(bundle, backend)
+    tokenizer = bundle.tokenizer_path
     if backend == "torch":
-        session, tokenizer = _torch_session(Path(checkpoint) if checkpoint is not None else source_of(bundle), bundle)
-        return _with_tokenizer(session, bundle.tokenizer_path or tokenizer)
-    session = best_session(bundle, num_threads) if backend == "auto" else open_session(bundle, backend, num_threads)
-    return _with_tokenizer(session, bundle.tokenizer_path)
+        session, beside = _torch_session(Path(checkpoint) if checkpoint is not None else source_of(bundle), bundle)
+        tokenizer = tokenizer or beside
+    else:
+        session = best_session(bundle, num_threads) if backend == "auto" else open_session(bundle, backend, num_threads)
+    return _with_tokenizer(_answering(session, bundle) if check == "answer" else session, tokenizer)
+
+
+def _refuse_unanswerable(bundle: Bundle, backend: str) -> None:
+    """Say before anything is loaded that there is no answer to hold a session against."""
+    if bundle.manifest.answer is None:
+        raise BundleError(
+            f"{bundle.path} carries no known answer: it was exported by an older motrt, or its model says no numbers. Export "
+            "it again, or check it by 'size' or 'hash' and prove it with `motrt verify`"
+        )
+    if backend == "torch" and bundle.manifest.quantization is not None:
+        raise InputError(
+            f"the torch backend holds the checkpoint's own weights, and the known answer is what the {bundle.manifest.weights} "
+            "weights of this bundle say: check it with another backend, or load torch without check='answer'"
+        )
+
+
+def _answering(session: Session, bundle: Bundle) -> Session:
+    """``session``, if it gives the bundle's answer; else it is closed, and ParityError."""
+    assert bundle.manifest.answer is not None
+    try:
+        check_answer(session, bundle.manifest.answer, bundle.manifest.versions)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def best_session(bundle: Bundle, num_threads: int = 0) -> Session:

@@ -238,6 +238,7 @@ STEPS = (
     "P3 routing laws",
     "P4 agreement with the reference",
     "P5 generation",
+    "known answer",
 )
 
 

@@ -62,7 +62,7 @@ def test_auto_takes_onnxruntime_for_a_bundle_and_torch_for_a_checkpoint(tiny_bun
             {"backend": "abacus"},
             "backend must be one of auto, tensorrt, .*, torch \\('abacus' came\\)",
         ),
-        ({"check": "glance"}, "check must be 'size' or 'hash' \\('glance' came\\)"),
+        ({"check": "glance"}, "check must be 'size', 'hash' or 'answer' \\('glance' came\\)"),
         ({"num_threads": -1}, "num_threads must be a whole number in 0"),
         ({"num_threads": 10**12}, "num_threads must be a whole number in 0"),
         ({"num_threads": "two"}, "num_threads must be a whole number in 0"),
