@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         experts = self.route(modality_mask.flatten(), len(self.config.modalities))
         x = self.tok_embeddings(input_ids.flatten())  # [b, s] -> [T, m]
         x, present = self._through_layers(x, input_ids.shape[1], experts, cache_position, cache)
-        return self._logits(self.norm(x.index_select(0, logits_index)), head_mask), present
+        return self.logits(self.norm(x.index_select(0, logits_index)), head_mask), present
 
     def step(
         self, input_ids: Tensor, cache_position: Tensor, cache: Sequence[LayerCache], tokens: int, predicts: int
@@ -95,14 +95,15 @@ class Decoder(nn.Module):
     def _through_layers(
         self, x: Tensor, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]
     ) -> tuple[Tensor, Cache]:
-        at = self._positions(s, experts, cache_position, cache)
+        at = self.positions(s, experts, cache_position, cache)
         present: Cache = []
         for layer, past in zip(self.layers, cache, strict=True):
             x, new = layer(x, at, past)
             present.append(new)
         return x, present
 
-    def _positions(self, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]) -> Positions:
+    def positions(self, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]) -> Positions:
+        """What every layer needs to know of ``s`` new tokens per row, behind what the cache holds."""
         columns = cache_position[:, None] + torch.arange(s, device=cache_position.device)
         keys = torch.arange(cache[0][0].shape[2], device=cache_position.device)
         return Positions(
@@ -114,7 +115,8 @@ class Decoder(nn.Module):
             rope=(self.rope_cos, self.rope_sin),
         )
 
-    def _logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
+        """Normed hidden states [n, m] and the modality that each predicts [n] -> logits [n, v]."""
         if isinstance(self.output, SplitHead):
             split: Tensor = self.output(hidden, self.route(head_mask, len(self.config.modalities)))
             return split

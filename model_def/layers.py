@@ -66,17 +66,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache) -> tuple[Tensor, LayerCache]:
         """[T, m] and the layer's cache -> [T, m] and the cache with the new keys and values in it."""
+        query, key, value = self.project(x, at)
+        query, key = self.rotate(query, at), self.rotate(key, at)
+        keys = operators.write_cache(cache[0], key, at.cache_position)
+        values = operators.write_cache(cache[1], value, at.cache_position)
+        return self.give_out(operators.attend(query, keys, values, at.visible), at), (keys, values)
+
+    def project(self, x: Tensor, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, m] -> query [b, h, s, d], key and value [b, k, s, d], each row through its own route."""
         parts = at.projections.dispatch(x)
         query = self._heads(self.wq(parts), self.q_norm, at)
         key = self._heads(self.wk(parts), self.k_norm, at)
-        value = self._heads(self.wv(parts), None, at)
-        query = operators.rotate(query, *at.rope, at.columns, self.style)
-        key = operators.rotate(key, *at.rope, at.columns, self.style)
-        keys = operators.write_cache(cache[0], key, at.cache_position)
-        values = operators.write_cache(cache[1], value, at.cache_position)
-        mixed = operators.attend(query, keys, values, at.visible)
-        flat = mixed.transpose(1, 2).reshape(x.shape[0], self.query_width)  # [b, h, s, d] -> [b, s, h, d] -> [T, h * d]
-        return at.projections.combine(self.wo(at.projections.dispatch(flat))), (keys, values)
+        return query, key, self._heads(self.wv(parts), None, at)
+
+    def rotate(self, x: Tensor, at: Positions) -> Tensor:
+        """Queries or keys [b, heads, s, d], rotated by their positions."""
+        return operators.rotate(x, *at.rope, at.columns, self.style)
+
+    def give_out(self, mixed: Tensor, at: Positions) -> Tensor:
+        """What attention mixed, [b, h, s, d] -> [T, m], each row through its own route."""
+        flat = mixed.transpose(1, 2).reshape(-1, self.query_width)  # [b, h, s, d] -> [b, s, h, d] -> [T, h * d]
+        return at.projections.combine(self.wo(at.projections.dispatch(flat)))
 
     def _heads(self, parts: Parts, norm: PerRoute | None, at: Positions) -> Tensor:
         """Per route [rows, heads * d] -> [b, heads, s, d], through the route's norm where there is one."""

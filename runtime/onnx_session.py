@@ -110,11 +110,7 @@ class OnnxSession(Session):
             self.activation_block = quantization.activation_block(config)
         for graph in graphs:
             file = model if graph == CANONICAL else model.parent / graph.file_name
-            options = ort.SessionOptions()
-            options.log_severity_level = log_severity
-            options.intra_op_num_threads = num_threads
-            options.add_session_config_entry(_ACCURACY_LEVEL, _EXACT if exact_activations else _ROUNDED)
-            options.add_session_config_entry(_DATA_FOLDER, str(model.parent))
+            options = _session_options(model.parent, num_threads, exact_activations, log_severity)
             self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
             self._loaded[graph] = self._open(graph, file, options, (replaced or {}).get(graph))
         self.signature = next(iter(self._loaded.values())).signature
@@ -204,6 +200,33 @@ class OnnxSession(Session):
 
     def release(self) -> None:
         del self._loaded
+
+
+def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:
+    """A serialised graph of any inputs in onnxruntime's own session on the CPU, opened as ``OnnxSession`` opens its own.
+
+    Args:
+        model: the graph.
+        folder: where its external data lie.
+        num_threads: for products; 0: one per core. Activations are multiplied as they are.
+
+    Raises:
+        BackendError: when onnxruntime can not run it.
+    """
+    options = _session_options(folder, num_threads, exact_activations=True)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART)
+    except Exception as failure:  # onnxruntime's exceptions share no base of their own
+        raise BackendError(f"onnxruntime {ort.__version__} can not run a part of {folder}: {failure}") from failure
+
+
+def _session_options(folder: Path, num_threads: int, exact_activations: bool, log_severity: int = _ERRORS_ONLY) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = log_severity
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry(_ACCURACY_LEVEL, _EXACT if exact_activations else _ROUNDED)
+    options.add_session_config_entry(_DATA_FOLDER, str(folder))
+    return options
 
 
 def _specs(found: Sequence[Any]) -> tuple[TensorSpec, ...]:

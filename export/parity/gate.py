@@ -6,7 +6,7 @@ replace weights (P3) a second session stands beside the first.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 
 from motrt.errors import CheckpointError
 from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of
+from motrt.export.parity.bisect import Bisection, RecordedPass, bisect, recorded_passes
 from motrt.export.parity.calibration import Calibration, calibrate, expected_difference, explanation
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
@@ -32,6 +33,7 @@ from motrt.export.parity.generation import (
     plans,
 )
 from motrt.export.parity.hostile import brought_scenarios, hostile_scenarios, remarkable_ids, sampled_scenario
+from motrt.export.parity.part_values import first_without_numbers, parts
 from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
 from motrt.export.parity.replacement import OnnxReplacement
 from motrt.export.parity.routing_laws import Replacement, absence_finding, law_findings, swap_finding
@@ -111,6 +113,21 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What is asked beside the ladder.
+
+    Attributes:
+        brought: a user's own sequences, to be compared besides.
+        is_dissected: whether every part of the graph is asked alone, which names the place of a fault.
+        failing_part: the folder to write the first part that fails into; None: nowhere.
+    """
+
+    brought: tuple[Int64, ...] = ()
+    is_dissected: bool = False
+    failing_part: Path | None = None
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What the reference said to everything that will be asked, and to itself."""
 
@@ -118,6 +135,7 @@ class Expectation:
     scenarios: tuple[tuple[Scenario, list[Observation]], ...]
     plans: tuple[tuple[Plan, Greedy], ...]
     calibration: Calibration
+    passes: Mapping[Graph, Sequence[RecordedPass]] = field(default_factory=dict)
 
     def taken_by(self, session: OpenSession) -> OpenSession:
         """``session``, allowed what this model does to rounding."""
@@ -125,9 +143,7 @@ class Expectation:
         return session
 
 
-def climb(
-    subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0, brought: Sequence[Int64] = ()
-) -> Report:
+def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0, extras: Extras | None = None) -> Report:
     """P1 to P5 for onnxruntime on the CPU against PyTorch.
 
     Args:
@@ -135,8 +151,9 @@ def climb(
         checkpoint: what it was made of.
         steps: told of progress.
         num_threads: onnxruntime's; 0: one per core.
-        brought: a user's own sequences, to be compared besides.
+        extras: what is asked besides.
     """
+    extras = extras or Extras()
     started = time.perf_counter()
     config, dtype, quantization = subject.config, subject.dtype, subject.quantization
     with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
@@ -148,7 +165,7 @@ def climb(
     if (weights := subject.weights()) is not None:
         losses = measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
-        expected = reference(config, checkpoint, weights=weights, brought=brought)
+        expected = reference(config, checkpoint, weights=weights, extras=extras, graphs=(CANONICAL, *subject.graphs))
     with expected.taken_by(subject.open(num_threads)) as session:
         with steps.step("P2 self-consistency"):
             findings += consistency_findings(session)
@@ -168,6 +185,8 @@ def climb(
     if block is not None:
         with steps.step("P2 to P4 with rounded activations"):
             findings += _climb_rounded(subject, expected, num_threads)
+    if extras.is_dissected:
+        evidence |= _dissected(subject.model_file, config, expected, steps, num_threads, extras.failing_part)
     findings += losses
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files, evidence)
 
@@ -227,7 +246,8 @@ def climb_session(
     steps: Steps,
     files: Mapping[str, str],
     weights: QuantizedWeights | None = None,
-    brought: Sequence[Int64] = (),
+    extras: Extras | None = None,
+    model_file: Path | None = None,
 ) -> Report:
     """P2 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
 
@@ -238,8 +258,10 @@ def climb_session(
         steps: told of progress.
         files: sha256 by name of the files examined, for the report.
         weights: what is in the place of the checkpoint's weights, where they are quantised.
-        brought: a user's own sequences, to be compared besides.
+        extras: what is asked besides.
+        model_file: the canonical graph, which is what can be cut into parts; None: nothing is.
     """
+    extras = extras or Extras()
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
         most_rows, dtype = session.most_rows, DTYPE_OF_PRECISION[session.precision]
@@ -250,7 +272,7 @@ def climb_session(
         asked += measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, brought)
+        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, extras)
     with expected.taken_by(open_it()) as session:
         with steps.step("P2 self-consistency"):
             findings = [*asked, *consistency_findings(session)]
@@ -266,7 +288,23 @@ def climb_session(
         passes: Mapping[str, int] = getattr(session, "passes", {})
         findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
         backend = session.backend
+    if extras.is_dissected and model_file is not None:
+        evidence |= _dissected(model_file, config, expected, steps, 0, extras.failing_part)
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files, evidence)
+
+
+def _dissected(
+    model_file: Path, config: ModelConfig, expected: Expectation, steps: Steps, num_threads: int, folder: Path | None
+) -> dict[str, Any]:
+    """Every graph taken apart; the canonical one first, and the first that has a fault is told."""
+    found: list[Bisection] = []
+    for graph, passes in expected.passes.items():
+        file = model_file.parent / graph.file_name
+        known = any(one.first or one.broken for one in found)  # one folder is enough
+        place = None if known else folder
+        found.append(bisect(file, config, passes, expected.calibration, steps, num_threads, graph, place))
+    told = next((one for one in found if one.first or one.broken), found[0])
+    return {"drift": dict(found[0].drift), "bisect": told.to_dict()}
 
 
 def reference(
@@ -276,7 +314,8 @@ def reference(
     num_steps: int = NUM_DECODE_STEPS,
     most_rows: int | None = None,
     weights: QuantizedWeights | None = None,
-    brought: Sequence[Int64] = (),
+    extras: Extras | None = None,
+    graphs: Sequence[Graph] = (CANONICAL,),
 ) -> Expectation:
     """Ask the PyTorch decoder everything, then let go of it.
 
@@ -285,13 +324,18 @@ def reference(
     size = sum(parameter.numel for parameter in parameters(config))
     precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = False
-    chosen = [*hostile_scenarios(config, remarkable_ids(config, checkpoint.read)), *brought_scenarios(config, brought)]
+    extras = extras or Extras()
+    chosen = [*hostile_scenarios(config, remarkable_ids(config, checkpoint.read)), *brought_scenarios(config, extras.brought)]
     if weights is not None:
-        with TorchSession(decoder_of_codes(config, weights, precision, device)) as session:
-            return ask(session, num_steps, most_rows, chosen)
-    # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
-    with TorchSession.open(checkpoint, precision, device, config.max_seq_len) as session:
-        return ask(session, num_steps, most_rows, chosen)
+        opened = TorchSession(decoder_of_codes(config, weights, precision, device))
+    else:
+        # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
+        opened = TorchSession.open(checkpoint, precision, device, config.max_seq_len)
+    with opened as session:
+        said = ask(session, num_steps, most_rows, chosen)
+        if not extras.is_dissected:
+            return said
+        return replace(said, passes={graph: recorded_passes(session.decoder, graph) for graph in graphs})
 
 
 def ask(
@@ -312,7 +356,8 @@ def ask(
     calibration = Calibration(session.precision, expected_difference(session.config, session.precision))
     if session.config.max_seq_len > 2:
         calibration = calibrate(session, usual[-2])
-    _refuse_nothing(batches, said := [observe(session, one) for one in batches], session)
+    said = [observe(session, one) for one in batches]
+    _refuse_nothing(batches, said, session)
     return Expectation(
         name=f"{session.backend}, {session.precision}",
         scenarios=tuple(zip(batches, said, strict=True)),
@@ -329,9 +374,18 @@ def _refuse_nothing(asked: Sequence[Scenario], said: Sequence[Sequence[Observati
             if not np.isfinite(one.logits).all():
                 raise CheckpointError(
                     f"the reference itself ({reference.backend}, {reference.precision}) gives no number, first in "
-                    f"'{scenario.name}', row {one.row}, position {one.position}, for {names[one.predicted]}: the checkpoint's "
-                    "weights are at fault, look at them with `motrt inspect`"
+                    f"'{scenario.name}', row {one.row}, position {one.position}, for {names[one.predicted]}"
+                    f"{_first_without_numbers(reference)}: the checkpoint's weights are at fault"
                 )
+
+
+def _first_without_numbers(reference: Session) -> str:
+    """The part of the decoder that makes no numbers of numbers, in words."""
+    decoder = getattr(reference, "decoder", None)
+    for one in recorded_passes(decoder) if decoder is not None else ():
+        if (part := first_without_numbers(parts(reference.config), one.values)) is not None:
+            return f" ({part})"
+    return ""
 
 
 def _laws_of_weights(session: Session, replacement: Replacement) -> list[Finding]:

@@ -73,7 +73,7 @@ class Observation:
 
 def scenarios(config: ModelConfig, seed: int = 0, num_steps: int = NUM_DECODE_STEPS) -> tuple[Scenario, ...]:
     """Each modality alone, runs of all with change-overs, every position another, chunks, and a ragged mixed batch."""
-    make = _Maker(config, seed, num_steps)
+    make = SequenceMaker(config, seed, num_steps)
     count = len(config.modalities)
     found = [make.scenario(f"{one.name} alone", [[index]]) for index, one in enumerate(config.modalities)]
     if count == 1:
@@ -92,7 +92,7 @@ def scenarios(config: ModelConfig, seed: int = 0, num_steps: int = NUM_DECODE_ST
 
 def pattern_scenarios(config: ModelConfig, pattern: Sequence[int], seed: int = 3) -> tuple[Scenario, Scenario]:
     """One row, and a ragged batch, whose modalities follow ``pattern`` over and over."""
-    make = _Maker(config, seed)
+    make = SequenceMaker(config, seed)
     return make.scenario("one row", [pattern]), make.scenario("ragged batch", [pattern] * 3, ragged=True)
 
 
@@ -109,7 +109,7 @@ def in_batches(scenario: Scenario, most: int) -> list[Scenario]:
     ]
 
 
-class _Maker:
+class SequenceMaker:
     """Draws ids of given modalities, the first and last id of each range among them."""
 
     def __init__(self, config: ModelConfig, seed: int, num_steps: int = NUM_DECODE_STEPS) -> None:
@@ -122,10 +122,11 @@ class _Maker:
         self, name: str, patterns: Sequence[Sequence[int]], chunk_size: int | None = None, ragged: bool = False
     ) -> Scenario:
         prompts = [max(1, self.num_prompt - 3 * number) if ragged else self.num_prompt for number in range(len(patterns))]
-        rows = [self._row(pattern, length + self.num_steps + 1) for pattern, length in zip(patterns, prompts, strict=True)]
+        rows = [self.row(pattern, length + self.num_steps + 1) for pattern, length in zip(patterns, prompts, strict=True)]
         return Scenario(name, tuple(rows), tuple(prompts), chunk_size)
 
-    def _row(self, pattern: Sequence[int], length: int) -> Int64:
+    def row(self, pattern: Sequence[int], length: int) -> Int64:
+        """Ids whose modalities follow ``pattern`` over and over."""
         ranges = self.config.id_ranges
         ids = [self._id(ranges[pattern[position % len(pattern)]]) for position in range(length)]
         return np.array(ids, dtype=np.int64)
