@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,15 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{folder} can not be made ({failure}): name a folder for the report that can be") from failure
     if is_file:
         raise InputError(f"{folder} is a file, and a folder for the report was expected: name a folder, or remove the file")
-    for name in (JSON_NAME, PAGE_NAME):
-        if (folder / name).is_dir():
-            raise InputError(
-                f"{folder / name} is a folder, and the report's file goes there: remove it, or name another folder"
-            )
     probe = _beside(folder / JSON_NAME)
     try:
+        folders = [folder / name for name in (JSON_NAME, PAGE_NAME) if (folder / name).is_dir()]
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as failure:
         raise _unwritable(folder, failure) from failure
+    if folders:
+        raise InputError(f"{folders[0]} is a folder, and the report's file goes there: remove it, or name another folder")
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -146,7 +145,8 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError as failure:
         raise _unwritable(path.parent, failure) from failure
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

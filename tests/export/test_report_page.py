@@ -570,6 +570,10 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, refused: Re
         refused(folder)
     with pytest.raises(InputError, match="below can not be made"):
         refused(folder / "below")
+    folder.chmod(0o000)
+    with pytest.raises(InputError, match="closed can not be written"):
+        refused(folder)
+    folder.chmod(0o700)
 
 
 def test_a_folder_that_turns_out_not_to_be_written_is_refused(
