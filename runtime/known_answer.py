@@ -124,16 +124,17 @@ class Question:
         """Two rows of different lengths, forwards and backwards through the modalities.
 
         The prompts hold a run of each modality. In the steps a modality is predicted three times and then gives way to the
-        next: of two modalities, the rows meet every pair of one that is read and one that is predicted, and steps that stay in
-        one often enough to be recorded and played back, where a backend does that.
+        next, in the second row a step sooner: of two modalities, the rows meet every pair of one that is read and one that is
+        predicted, those that stay in one twice, so that what a backend has recorded is played back, and both predict the same
+        for once.
         """
         count = len(config.modalities)
         num_steps = min(max(3, 2 * count), NUM_STEPS, config.max_seq_len // 2)
         longest = min(max(6, 3 * count), NUM_PROMPT, config.max_seq_len - num_steps)
         orders = [list(range(count)), list(range(count))[::-1]]
         rows = [
-            _row(config, order, length, num_steps)
-            for order, length in zip(orders, (longest, max(1, longest * 2 // 3)), strict=True)
+            _row(config, order, length, num_steps, lead)
+            for lead, (order, length) in enumerate(zip(orders, (longest, max(1, longest * 2 // 3)), strict=True))
         ]
         return cls(
             prompts=tuple(ids[:-num_steps] if num_steps else ids for ids, _ in rows),
@@ -149,10 +150,12 @@ class Question:
         }
 
 
-def _row(config: ModelConfig, order: Sequence[int], length: int, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _row(
+    config: ModelConfig, order: Sequence[int], length: int, num_steps: int, lead: int
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The ids of one row, prompt and steps, and what is predicted after its prompt and each step."""
     count = len(order)
-    turns = [order[(step // 3) % count] for step in range(num_steps + 1)]  # what comes behind the prompt
+    turns = [order[((step + lead) // 3) % count] for step in range(num_steps + 1)]  # what comes behind the prompt
     modalities = [order[place * count // length] for place in range(length)] + turns[:-1]
     taken = dict.fromkeys(order, 0)
     ids = []

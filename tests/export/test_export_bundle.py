@@ -13,18 +13,20 @@ import torch
 
 from motrt.errors import BackendError, BundleError, CheckpointError, ExportError, ParityError, UntrainedRowsError
 from motrt.export import bundle_from_checkpoint
-from motrt.export.bundle_from_checkpoint import export_bundle, verify_bundle
+from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.onnx_check import check_onnx
 from motrt.export.parity.findings import Outcome
 from motrt.export.steps import Advance, Steps, Unit
+from motrt.export.verification import verify_bundle
 from motrt.model_def.checkpoint.native import write_checkpoint
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
 from motrt.model_def.head_surgery import with_head
 from motrt.model_def.initialize import random_tensors
 from motrt.runtime.bundle import open_bundle
+from motrt.runtime.known_answer import check_answer
 from motrt.runtime.load import load
 from motrt.runtime.onnx_session import OnnxSession
-from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, with_changed_weights, write_random
+from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, torch_session, with_changed_weights, write_random
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
 MakeBundle = Callable[..., Path]
@@ -101,6 +103,7 @@ def test_another_longest_sequence_is_proven_at_that_length(
     made = export_bundle(make_checkpoint(config), tmp_path / "b", max_seq_len=length)
     assert made.bundle.config == config.replace(max_seq_len=length)
     assert made.report is not None and made.report.verdict is Outcome.PASS
+    load(tmp_path / "b", check="answer").close()
 
 
 def test_positions_beyond_the_checkpoints_own_length_are_rotated_as_those_within(
@@ -132,6 +135,9 @@ def test_bfloat16_can_not_be_proven_here_and_is_refused(tiny_checkpoint: Path, t
 def test_bfloat16_unproven_is_written_checked_and_marked(tiny_checkpoint: Path, tmp_path: Path) -> None:
     made = export_bundle(tiny_checkpoint, tmp_path / "b", "bf16", verify=False)
     assert made.report is None and made.bundle.manifest.parity is None
+    answer = made.bundle.manifest.answer
+    assert answer is not None
+    check_answer(torch_session(tiny_checkpoint, "bf16"), answer, {})  # no processor runs it, and it knows what it must say
     assert check_onnx(made.bundle.model_path, TINY, "bfloat16")["Attention"] == TINY.num_layers
     with pytest.raises(BackendError, match="bfloat16"):
         verify_bundle(tmp_path / "b")

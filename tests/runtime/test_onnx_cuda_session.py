@@ -20,6 +20,8 @@ from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
+from motrt.runtime.bundle import open_bundle
+from motrt.runtime.known_answer import check_answer
 from motrt.runtime.onnx_cuda_session import MOST_IDLE, CudaOnnxSession, Lease
 from motrt.tests.export.models import torch_session
 
@@ -61,6 +63,14 @@ def test_the_whole_ladder_holds(records_steps: bool, bundle: Path, tiny_checkpoi
             *generation_findings(session, expected.plans, noise_of(compared)),
         ]
         assert [one for one in findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)] == []
+        assert all(session.passes.values())
+
+
+def test_the_known_answer_is_given_and_every_graph_asked(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    assert manifest.answer is not None
+    with opened(bundle) as session:
+        check_answer(session, manifest.answer, manifest.versions)
         assert all(session.passes.values())
 
 

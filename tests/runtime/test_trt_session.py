@@ -22,6 +22,7 @@ from motrt.runtime import trt_session
 from motrt.runtime.backends import Probe
 from motrt.runtime.bundle import Bundle, open_bundle, write_manifest
 from motrt.runtime.gpu import Gpu, Gpus
+from motrt.runtime.known_answer import check_answer
 from motrt.runtime.load import load
 from motrt.runtime.trt_session import TrtSession
 from motrt.tests.export.models import torch_session
@@ -68,6 +69,16 @@ def test_the_whole_ladder_holds_for_engines(bundle: Bundle, tiny_checkpoint: Pat
             *generation_findings(session, expected.plans, noise_of(compared)),
         ]
         assert [one for one in findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)] == []
+        assert all(session.passes.values())
+
+
+@pytest.mark.parametrize("most_rows", [1, None])
+def test_the_known_answer_is_given_and_every_engine_asked(most_rows: int | None, bundle: Bundle) -> None:
+    answer = bundle.manifest.answer
+    assert answer is not None
+    with opened(bundle) as session:
+        session.most_rows = most_rows or session.most_rows
+        check_answer(session, answer, bundle.manifest.versions)
         assert all(session.passes.values())
 
 
