@@ -411,29 +411,67 @@ def export(
     help="What to examine: every graph on the CPU, the graphs on a GPU, or the engines.",
 )
 @click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
+@click.option("--data", type=click.Path(path_type=Path), help='Your own sequences too: lines of [1, 2, 3] or {"text": ...}.')
+@click.option("--bisect", is_flag=True, help="Ask every part of the graph alone, and name the first that fails.")
+@click.option("--report", "report_folder", type=click.Path(path_type=Path), help="Write report.html and report.json there.")
+@click.option("--explain", is_flag=True, help="Say where the limits come from, with this model's numbers.")
 @json_option
 @mends
-def verify(bundle: Path, checkpoint: Path | None, backend: str, threads: int, as_json: bool) -> None:
+def verify(
+    bundle: Path,
+    checkpoint: Path | None,
+    backend: str,
+    threads: int,
+    data: Path | None,
+    bisect: bool,
+    report_folder: Path | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
     """Climb the parity ladder with BUNDLE, every byte of it checked first.
+
+    The reference in PyTorch and what is examined are in memory one after the other.
 
     Exit code 0 PASS, 1 FAIL or a damaged bundle, 2 usage (also where the checkpoint is not to be had or nothing here runs the
     bundle), 3 AMBIGUOUS (near-ties that rounding may decide).
     """
     needs_export_packages()
-    from motrt.export.bundle_from_checkpoint import verify_bundle
-    from motrt.export.report import parity_table, verdict_line
+    from motrt.export.verification import VerifyOptions, verify_bundle
 
     try:
-        report = verify_bundle(bundle, checkpoint, drawn_steps(), threads, backend).to_dict()
+        options = VerifyOptions(data, bisect, report_folder)
+        report = verify_bundle(bundle, checkpoint, drawn_steps(), threads, backend, options).to_page()
     except (CheckpointError, BackendError) as failure:
         tell_failure(type(failure).__name__, str(failure), {"as_json": as_json}, {})
         sys.exit(EXIT_USAGE)
     if as_json:
-        print_json(report)
+        hidden = {"positions", "drift", "greedy", "environment", "made_with"}
+        hidden |= {name for name, is_wanted in (("bisect", bisect), ("explanation", explain)) if not is_wanted}
+        print_json({name: value for name, value in report.items() if name not in hidden})
     else:
-        results.print(parity_table(report))
-        results.print(f"{escape(str(bundle))}: parity {verdict_line(report)}", soft_wrap=True)
+        tell_parity(bundle, report, explain, bisect)
+        if report_folder is not None:
+            say(f"the report: {report_folder / 'report.html'}")
     sys.exit({"PASS": 0, "FAIL": EXIT_FAILED, "AMBIGUOUS": EXIT_AMBIGUOUS}[report["verdict"]])
+
+
+def tell_parity(bundle: Path, report: dict[str, Any], explain: bool, bisect: bool) -> None:
+    """A climb as tables and sentences."""
+    from motrt.export.report import bisect_table, parity_table, verdict_line
+
+    results.print(parity_table(report))
+    for note in report["notes"]:
+        say(f"note: {note}")
+    if explain:
+        for line in report["explanation"]:
+            say(line)
+    if bisect and "bisect" in report:
+        if report["bisect"]["parts"]:
+            results.print(bisect_table(report["bisect"]))
+        say(f"bisect: {report['bisect']['sentence']}")
+        if report["bisect"]["folder"]:
+            say(f"the part that fails, to be run alone: {report['bisect']['folder']}")
+    results.print(f"{escape(str(bundle))}: parity {verdict_line(report)}", soft_wrap=True)
 
 
 @main.command()

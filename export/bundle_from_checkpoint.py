@@ -1,4 +1,4 @@
-"""``motrt export`` and ``motrt verify``: from a checkpoint to a bundle that is proven, or to none at all.
+"""``motrt export``: from a checkpoint to a bundle that is proven, or to none at all.
 
 The story of an export is ``export_bundle``, from top to bottom. It is written beside its place and moved there whole;
 whatever goes wrong on the way, a failed proof included, leaves nothing.
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from motrt.errors import BackendError, CheckpointError, ConfigError, ExportError, InputError, ParityError
+from motrt.errors import ConfigError, ExportError, InputError, ParityError
 from motrt.export.answer_from_weights import known_answer
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_options, weight_bytes
 from motrt.export.onnx_check import check_onnx
@@ -24,6 +24,7 @@ from motrt.export.parity.gate import Subject, climb, climb_session
 from motrt.export.quantized_graph import CodeSource
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Advance, Steps
+from motrt.export.verification import quantized_weights_of, refuse_unverifiable
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
@@ -48,7 +49,7 @@ from motrt.runtime.bundle import (
 from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import KnownAnswer
-from motrt.runtime.load import open_session, read_tokenizer, source_of
+from motrt.runtime.load import open_session, read_tokenizer
 from motrt.runtime.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,9 @@ def export_bundle(
     if options is not None:
         refuse_options(options, precision)
     on_gpu = verify and _can_prove_on_gpu(target, options)
-    _refuse_what_can_not_be(precision, verify and not on_gpu)
+    _refuse_unknown(precision)
+    if verify and not on_gpu:
+        refuse_unverifiable(precision)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
     work = _Work(config, precision, quantization, plan_for(target, config), checkpoint, steps)
@@ -252,55 +255,6 @@ def _engine_options(target: Target, options: EngineOptions | None) -> EngineOpti
     return None
 
 
-def verify_bundle(
-    path: str | Path,
-    checkpoint_path: str | Path | None = None,
-    steps: Steps | None = None,
-    num_threads: int = 0,
-    backend: str = "onnxruntime",
-) -> Report:
-    """Climb the parity ladder with a finished bundle, every byte of it read first.
-
-    Backends on a GPU are compared with PyTorch on the same GPU; P1 and the laws that replace weights are asked of the graphs
-    alone, on the CPU.
-
-    Args:
-        path: the bundle.
-        checkpoint_path: what it was made of; None: where the manifest says that lay.
-        steps: told of progress.
-        num_threads: onnxruntime's; 0: one per core.
-        backend: ``onnxruntime`` (every graph, on the CPU), ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
-
-    Raises:
-        BundleError: for a bundle that is damaged.
-        CheckpointError: when the checkpoint is not there, or is not the one that the bundle was made of.
-        BackendError: when nothing here can run the bundle.
-    """
-    steps = steps or Steps()
-    total = sum(one.stat().st_size for one in Path(path).iterdir()) if Path(path).is_dir() else 0
-    with steps.step("hash the bundle", total) as advance:
-        bundle = open_bundle(path, "hash", advance)
-    if backend == "onnxruntime":
-        _refuse_what_can_not_be(bundle.manifest.precision, verify=True)
-    checkpoint = open_checkpoint(source_of(bundle) if checkpoint_path is None else checkpoint_path)
-    with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
-        came = checkpoint.sha256(advance)
-    if came != bundle.manifest.source["sha256"]:
-        raise CheckpointError(
-            f"{checkpoint.path} is not the checkpoint that {bundle.path} was made of (its hash differs): "
-            "name the right one with --checkpoint, or export again"
-        )
-    files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-    if backend != "onnxruntime":
-        weights = _quantized_weights(bundle)
-        return climb_session(
-            lambda: open_session(bundle, backend, num_threads), bundle.config, checkpoint, steps, files, weights
-        )
-    manifest = bundle.manifest
-    subject = Subject(bundle.model_path, bundle.config, manifest.precision, files, manifest.graphs, manifest.quantization)
-    return climb(subject, checkpoint, steps, num_threads)
-
-
 def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None, is_quantized: bool) -> tuple[ModelConfig, Read]:
     """The configuration and weights that the graph gets.
 
@@ -374,19 +328,9 @@ def _stored_as(
     return activations, quantization
 
 
-def _quantized_weights(bundle: Bundle) -> QuantizedWeights | None:
-    quantization = bundle.manifest.quantization
-    return None if quantization is None else QuantizedWeights(bundle.model_path, bundle.config, quantization)
-
-
-def _refuse_what_can_not_be(precision: str, verify: bool) -> None:
+def _refuse_unknown(precision: str) -> None:
     if precision not in EXPORT_PRECISIONS:
         raise ExportError(f"precision must be one of {', '.join(EXPORT_PRECISIONS)} ({precision!r} came)")
-    if verify and precision == "bf16":
-        raise BackendError(
-            "a bf16 bundle can not be verified here: onnxruntime's CPU kernels have no bfloat16. Export it with --no-verify "
-            "and verify it where a backend runs it, or choose fp32 or fp16 as --precision (--activations where quantised)"
-        )
 
 
 def _can_prove_on_gpu(target: Target, options: EngineOptions | None) -> bool:
@@ -401,7 +345,7 @@ def _prove_on_gpu(bundle: Bundle, work: _Work) -> Report:
     """The very files that will be deployed, by the backend that they are for, before the manifest makes them a bundle."""
     hashes = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     backend = bundle.manifest.target
-    opened, weights = partial(open_session, bundle, backend), _quantized_weights(bundle)
+    opened, weights = partial(open_session, bundle, backend), quantized_weights_of(bundle)
     return _passed(climb_session(opened, work.config, work.checkpoint, work.steps, hashes, weights))
 
 

@@ -24,6 +24,7 @@ from motrt.export.steps import Advance, Steps, Unit
 COLOURS = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "bold red", "SKIPPED": "dim"}
 
 MOST_ROWS = 40
+MOST_PARTS = 8
 
 
 class DrawnSteps(Steps):
@@ -102,6 +103,25 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     return made
 
 
+def bisect_table(bisect: Mapping[str, Any]) -> Table:
+    """Every part's error against its budget; of a graph that is well, the closest to it."""
+    closest = sorted(bisect["parts"], key=lambda one: -_share(one))[:MOST_PARTS]
+    shown = [one for one in bisect["parts"] if one in closest]  # in the order in which they compute
+    rows = [
+        (one["layer"], one["part"], one["modality"] or "", _short(one["error"]), _short(one["budget"]), f"{_share(one):.0%}")
+        for one in shown
+    ]
+    return table(
+        f"parts of {bisect['graph']}, the {len(shown)} closest to their budgets or over",
+        ["place", "part", "modality", "relative L2>", "budget>", "of it>"],
+        rows,
+    )
+
+
+def _share(one: Mapping[str, Any]) -> float:
+    return float(one["error"]) / float(one["budget"])
+
+
 def _gathered_by_graph(findings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A derived graph's passed questions as one line a rung, with the worst figure; everything else as it is."""
     lines: list[Mapping[str, Any]] = []
@@ -128,7 +148,9 @@ def _short(value: Any) -> str:
 
 def _more(figures: Mapping[str, Any]) -> str:
     """What else is worth a glance, where all is well."""
-    if "top_1_agreement" in figures:
+    if "kl_mean" in figures:
+        return f"KL {figures['kl_mean']:.2g} nats of {figures['kl_limit']:g}, perplexity x {figures['perplexity_ratio']:.3f}"
+    if "max_abs" in figures:
         return f"{figures['rows']} rows, max abs {figures['max_abs']:.2g}, KL {figures['kl_max']:.2g}"
     words = {"positions": "positions", "tokens": "tokens", "weights": "weights", "poisoned": "weights poisoned"}
     return ", ".join(f"{figures[name]} {word}" for name, word in words.items() if name in figures)

@@ -224,9 +224,15 @@ class Quantization:
 
         Its kernels round activations to 8 bits in the weights' own blocks (and take one scale per output as blocks of 32).
         """
-        coded = [one.how for one in self.coded_weights(parameters(config)) if not one.is_table]
-        products = [how.block_size or SMALLEST_FUSED_BLOCK for how in coded if how.stored in ("int8", "int4")]
-        return max(products, default=None)
+        products = [how for how in self._multiplied(config) if how.stored in ("int8", "int4")]
+        return max((how.block_size or SMALLEST_FUSED_BLOCK for how in products), default=None)
+
+    def multiplies(self, stored: Stored, config: ModelConfig) -> bool:
+        """Whether any product is over codes of this type."""
+        return any(how.stored == stored for how in self._multiplied(config))
+
+    def _multiplied(self, config: ModelConfig) -> list[WeightFormat]:
+        return [one.how for one in self.coded_weights(parameters(config)) if not one.is_table]
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Why a model can not be stored so, as sentences; none where it can."""

@@ -42,6 +42,8 @@ _DTYPES |= {"tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
 # Products over codes: activations as they are, or rounded to 8 bits in blocks, which is what the fast kernels multiply.
 _ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1", "4"
+# With "1" codes are turned back once, when the graph is loaded, and products are plain ones.
+_TURN_BACK = "session.disable_quant_qdq"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # It would make one operator of product and bias, and then none of codes, scales and product any more.
@@ -79,7 +81,8 @@ class OnnxSession(Session):
         graphs: which graphs to load, most special first: each pass takes the first that serves it.
         quantization: of the graphs' weights.
         exact_activations: multiply codes by activations as they are, and not rounded to 8 bits as the fast kernels have them;
-            parity asks so whether what is left of a difference is that rounding.
+            parity asks so whether what is left of a difference is that rounding. For int4 a kernel does; for int8 onnxruntime's
+            turns every code back at every step (the 1B model: 6 s), so there what codes stand for is held in their place.
         replaced: serialised graphs to run in the place of files, their external data still beside ``model``.
 
     Attributes:
@@ -111,6 +114,8 @@ class OnnxSession(Session):
         for graph in graphs:
             file = model if graph == CANONICAL else model.parent / graph.file_name
             options = _session_options(model.parent, num_threads, exact_activations, log_severity)
+            if exact_activations and quantization is not None and quantization.multiplies("int8", config):
+                options.add_session_config_entry(_TURN_BACK, "1")
             self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
             self._loaded[graph] = self._open(graph, file, options, (replaced or {}).get(graph))
         self.signature = next(iter(self._loaded.values())).signature

@@ -21,7 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("model_def", "runtime", "export")
 
 # Each may import what stands before it, and itself; `motrt` is the public face, __init__.py.
-ORDER = ("motrt.errors", "motrt.model_def", "motrt.runtime", "motrt", "motrt.export", "motrt.cli", "motrt.__main__")
+ORDER = (
+    "motrt.errors",
+    "motrt.model_def",
+    "motrt.runtime",
+    "motrt",
+    "motrt.export",
+    "motrt.parity",
+    "motrt.pytest_plugin",
+    "motrt.cli",
+    "motrt.__main__",
+)
 
 STANDARD_LIBRARY_ALONE = (
     "errors.py",

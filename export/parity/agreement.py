@@ -69,12 +69,12 @@ def noise_of(compared: Sequence[Compared]) -> float:
     return sqrt(float(np.mean([one.difference.mean_square for one in compared])))
 
 
-def agreement_findings(session: Session, compared: Sequence[Compared]) -> list[Finding]:
-    """One finding per predicted modality and kind of position."""
+def agreement_findings(session: Session, compared: Sequence[Compared], limit: float | None = None) -> list[Finding]:
+    """One finding per predicted modality and kind of position; ``limit``: None for what the session's precision allows."""
     groups: dict[tuple[int, str], list[Compared]] = defaultdict(list)
     for one in compared:
         groups[one.observation.predicted, one.observation.phase].append(one)
-    limit = limit_of(session)
+    limit = limit_of(session) if limit is None else limit
     noise = noise_of(compared)
     is_float32 = session.precision in ("fp32", "fp64") and session.activation_block is None
     return [

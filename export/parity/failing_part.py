@@ -7,7 +7,6 @@ run.py                      runs the part in onnxruntime and prints the error of
 README.md                   what failed, and the commands
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from motrt.errors import ExportError
+from motrt.export.polygraphy_files import save_feeds, save_outputs
 from motrt.export.stored_weights import stored_bytes
 from motrt.model_def.atomic_folder import new_folder
+
+# The folder's name beside a report, and what tells that it is one.
+FAILING_PART, PART_FILE = "failing_part", "part.onnx"
 
 _RUN = '''\
 """Runs part.onnx on what the reference had at its entrance, and compares with what the reference made of it."""
@@ -82,14 +85,15 @@ def write_failing_part(folder: Path, model: onnx.ModelProto, data: Path, fed: Se
     """
     taken, made = ({one.name for one in values} for values in (model.graph.input, model.graph.output))
     with new_folder(folder, None, ExportError) as work:
-        _save_with_values(model, data, work / "part.onnx")
+        _save_with_values(model, data, work / PART_FILE)
         inputs = [{name: _plain(value) for name, value in one.inputs.items() if name in taken} for one in fed]
         expected = [{name: _plain(value) for name, value in one.expected.items() if name in made} for one in fed]
         names = [one.name.replace(" ", "_") for one in fed]
         for file, values in (("inputs", inputs), ("expected", expected)):
             flat = {f"{name}/{key}": value for name, one in zip(names, values, strict=True) for key, value in one.items()}
             np.savez(work / f"{file}.npz", **flat)  # type: ignore[arg-type]  # its stubs take the names for options
-        _write_for_polygraphy(work, inputs, expected)
+        save_feeds(inputs, work / "inputs.json")
+        save_outputs("the reference in PyTorch", expected, work / "expected.json")
         (work / "run.py").write_text(_RUN, encoding="utf-8")
         (work / "README.md").write_text(_README.format(sentence=sentence), encoding="utf-8")
 
@@ -107,14 +111,3 @@ def _save_with_values(model: onnx.ModelProto, data: Path, file: Path) -> None:
 
 def _plain(value: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(value)
-
-
-def _write_for_polygraphy(folder: Path, inputs: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """In the format that its command line loads: a list of feeds, and the outputs of one runner."""
-    from polygraphy.comparator import IterationResult, RunResults
-    from polygraphy.json import save_json
-
-    save_json(inputs, str(folder / "inputs.json"))
-    results = RunResults()
-    results.append(("the reference in PyTorch", [IterationResult(outputs=OrderedDict(one)) for one in expected]))
-    results.save(str(folder / "expected.json"))

@@ -6,6 +6,8 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
+from motrt.errors import ParityError, raise_all
+
 # Of the report as JSON; the number grows when a reader of the old one could misread the new one.
 SCHEMA = "motrt.parity/1"
 
@@ -98,6 +100,10 @@ class Report:
     @property
     def failed(self) -> tuple[Finding, ...]:
         return tuple(one for one in self.findings if one.outcome is Outcome.FAIL)
+
+    def raise_on_failure(self) -> None:
+        """Raise ParityError where the verdict is FAIL, naming every finding that failed."""
+        raise_all(ParityError, f"{self.backend} is not {self.reference}:", [str(one) for one in self.failed])
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict and its findings: what a manifest keeps."""

@@ -350,26 +350,32 @@ def ask(
         chosen: scenarios beside the usual ones.
     """
     usual = scenarios(session.config, num_steps=num_steps)
-    sampled = sampled_scenario(session)
-    wanted = [*usual, *chosen, *([] if sampled is None else [sampled])]
-    batches = [part for one in wanted for part in in_batches(one, min(MOST_ROWS, most_rows or MOST_ROWS))]
+    said = _said(session, [*usual, *chosen], most_rows)
+    if (sampled := sampled_scenario(session)) is not None:
+        said += _said(session, [sampled], most_rows)
     calibration = Calibration(session.precision, expected_difference(session.config, session.precision))
     if session.config.max_seq_len > 2:
         calibration = calibrate(session, usual[-2])
-    said = [observe(session, one) for one in batches]
-    _refuse_nothing(batches, said, session)
     return Expectation(
         name=f"{session.backend}, {session.precision}",
-        scenarios=tuple(zip(batches, said, strict=True)),
+        scenarios=tuple(said),
         plans=tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(session.config)),
         calibration=calibration,
     )
 
 
-def _refuse_nothing(asked: Sequence[Scenario], said: Sequence[Sequence[Observation]], reference: Session) -> None:
+def _said(session: Session, asked: Sequence[Scenario], most_rows: int | None) -> list[tuple[Scenario, list[Observation]]]:
+    """What the reference says to each, in batches that what is examined takes too."""
+    batches = [part for one in asked for part in in_batches(one, min(MOST_ROWS, most_rows or MOST_ROWS))]
+    said = [(one, observe(session, one)) for one in batches]
+    _refuse_nothing(said, session)
+    return said
+
+
+def _refuse_nothing(said: Sequence[tuple[Scenario, list[Observation]]], reference: Session) -> None:
     """Raise where the reference itself gives no numbers: nothing can be compared with that."""
     names = reference.config.modality_names
-    for scenario, observations in zip(asked, said, strict=True):
+    for scenario, observations in said:
         for one in observations:
             if not np.isfinite(one.logits).all():
                 raise CheckpointError(

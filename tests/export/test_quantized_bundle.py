@@ -17,7 +17,7 @@ import torch
 import motrt
 from motrt.errors import BundleError, InputError, ParityError
 from motrt.export import quantize
-from motrt.export.bundle_from_checkpoint import Exported, QuantizeOptions, export_bundle, verify_bundle
+from motrt.export.bundle_from_checkpoint import Exported, QuantizeOptions, export_bundle
 from motrt.export.inspection import inspect
 from motrt.export.parity import quantization_loss
 from motrt.export.parity.findings import Outcome, Report
@@ -26,6 +26,7 @@ from motrt.export.parity.scenarios import observe, scenarios
 from motrt.export.quantized_graph import CodeSource
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
+from motrt.export.verification import verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import EMBEDDING, parameters

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from motrt.errors import BackendError, InputError
-from motrt.export.bundle_from_checkpoint import export_bundle, verify_bundle
+from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.engine_from_onnx import EngineOptions
 from motrt.export.parity.findings import Outcome
 from motrt.export.trt_profile import Sizes
+from motrt.export.verification import verify_bundle
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.backends import probe
 from motrt.runtime.engine_record import Range

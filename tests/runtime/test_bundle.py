@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from motrt.errors import BackendError, BundleError
-from motrt.export.bundle_from_checkpoint import verify_bundle
+from motrt.export.verification import verify_bundle
 from motrt.runtime.bundle import FORMAT_VERSION, MANIFEST_FILE, is_bundle, open_bundle, record_files, write_manifest
 from motrt.runtime.load import load
 

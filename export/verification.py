@@ -1,0 +1,139 @@
+"""``motrt verify``: whether a finished bundle is still the model, and what a report tells of it.
+
+The questions are the ladder's (``parity``); this file opens what they are asked of, and writes down what came.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from motrt.errors import BackendError, CheckpointError
+from motrt.export.parity.failing_part import FAILING_PART, PART_FILE
+from motrt.export.parity.findings import Report
+from motrt.export.parity.gate import Extras, Subject, climb, climb_session
+from motrt.export.parity.token_file import read_token_file
+from motrt.export.quantized_weights import QuantizedWeights
+from motrt.export.report_page import check_writable, write_report
+from motrt.export.steps import Steps
+from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
+from motrt.runtime.bundle import Bundle, open_bundle
+from motrt.runtime.load import open_session, read_tokenizer, source_of
+from motrt.runtime.versions import installed_versions, version_differences
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is wanted of ``verify_bundle`` beside the ladder.
+
+    Attributes:
+        data: a file of sequences to compare besides (``parity.token_file``).
+        bisect: ask every part of the graph alone, and name the first that fails.
+        report: the folder for ``report.json``, ``report.html`` and, with a part that fails, ``failing_part``; a report asks the
+            parts too.
+    """
+
+    data: Path | None = None
+    bisect: bool = False
+    report: Path | None = None
+
+
+def verify_bundle(
+    path: str | Path,
+    checkpoint_path: str | Path | None = None,
+    steps: Steps | None = None,
+    num_threads: int = 0,
+    backend: str = "onnxruntime",
+    options: VerifyOptions | None = None,
+) -> Report:
+    """Climb the parity ladder with a finished bundle, every byte of it read first.
+
+    Backends on a GPU are compared with PyTorch on the same GPU; P1 and the laws that replace weights are asked of the graphs
+    alone, on the CPU.
+
+    Args:
+        path: the bundle.
+        checkpoint_path: what it was made of; None: where the manifest says that lay.
+        steps: told of progress.
+        num_threads: onnxruntime's; 0: one per core.
+        backend: ``onnxruntime`` (every graph, on the CPU), ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
+        options: what is wanted besides.
+
+    Raises:
+        InputError: for a file of sequences that can not be used, or a report's folder that can not be written.
+        BundleError: for a bundle that is damaged.
+        CheckpointError: when the checkpoint is not there, is not the one that the bundle was made of, or makes no numbers.
+        BackendError: when nothing here can run the bundle.
+    """
+    steps, options = steps or Steps(), options or VerifyOptions()
+    if options.report is not None:
+        check_writable(options.report)
+    total = sum(one.stat().st_size for one in Path(path).iterdir()) if Path(path).is_dir() else 0
+    with steps.step("hash the bundle", total) as advance:
+        bundle = open_bundle(path, "hash", advance)
+    extras = _extras(bundle, options)
+    if backend == "onnxruntime":
+        refuse_unverifiable(bundle.manifest.precision)
+    checkpoint = open_checkpoint(source_of(bundle) if checkpoint_path is None else checkpoint_path)
+    with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
+        came = checkpoint.sha256(advance)
+    if came != bundle.manifest.source["sha256"]:
+        raise CheckpointError(
+            f"{checkpoint.path} is not the checkpoint that {bundle.path} was made of (its hash differs): "
+            "name the right one with --checkpoint, or export again"
+        )
+    report = _climbed(bundle, checkpoint, steps, num_threads, backend, extras)
+    report = replace(report, evidence={**_circumstances(bundle), **report.evidence})
+    if options.report is not None:
+        write_report(report.to_page(), options.report)
+    return report
+
+
+def _extras(bundle: Bundle, options: VerifyOptions) -> Extras:
+    brought: tuple[Any, ...] = ()
+    if options.data is not None:
+        tokenizer = None if bundle.tokenizer_path is None else read_tokenizer(bundle.tokenizer_path)
+        brought = read_token_file(options.data, bundle.config, tokenizer)
+    place = None if options.report is None else options.report / FAILING_PART
+    if place is not None and (place / PART_FILE).is_file():
+        shutil.rmtree(place)  # an earlier run's: its fault may be mended
+    return Extras(brought, options.bisect or options.report is not None, place)
+
+
+def _climbed(bundle: Bundle, checkpoint: Checkpoint, steps: Steps, num_threads: int, backend: str, extras: Extras) -> Report:
+    manifest = bundle.manifest
+    files = {name: record.sha256 for name, record in manifest.files.items()}
+    if backend == "onnxruntime":
+        subject = Subject(bundle.model_path, bundle.config, manifest.precision, files, manifest.graphs, manifest.quantization)
+        return climb(subject, checkpoint, steps, num_threads, extras)
+    weights, on_cpu = quantized_weights_of(bundle), manifest.precision != "bf16"
+    opened = partial(open_session, bundle, backend, num_threads)
+    return climb_session(
+        opened, bundle.config, checkpoint, steps, files, weights, extras, bundle.model_path if on_cpu else None
+    )
+
+
+def _circumstances(bundle: Bundle) -> dict[str, Any]:
+    """What a report for people says of where it was made."""
+    return {
+        "bundle": str(bundle.path),
+        "notes": version_differences(bundle.manifest.versions),
+        "environment": installed_versions(),
+        "made_with": dict(bundle.manifest.versions),
+    }
+
+
+def quantized_weights_of(bundle: Bundle) -> QuantizedWeights | None:
+    """What a bundle's graphs hold in the place of the checkpoint's weights; None where they hold those."""
+    quantization = bundle.manifest.quantization
+    return None if quantization is None else QuantizedWeights(bundle.model_path, bundle.config, quantization)
+
+
+def refuse_unverifiable(precision: str) -> None:
+    """Raise BackendError for a precision that no backend on the CPU computes in."""
+    if precision == "bf16":
+        raise BackendError(
+            "a bf16 bundle can not be verified here: onnxruntime's CPU kernels have no bfloat16. Export it with --no-verify "
+            "and verify it where a backend runs it, or choose fp32 or fp16 as --precision (--activations where quantised)"
+        )
