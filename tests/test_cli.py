@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from motrt.cli import main
-from motrt.export import bundle_from_checkpoint
+from motrt.export import verification
 from motrt.export.parity.findings import Outcome
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.bundle import is_bundle, open_bundle
@@ -157,7 +157,7 @@ def test_verifys_exit_code_is_its_verdict(
     verdict: Outcome, code: int, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Judged:
-        def to_dict(self) -> dict[str, Any]:
+        def to_page(self) -> dict[str, Any]:
             finding: dict[str, Any] = {
                 "rung": "P4",
                 "graph": "model",
@@ -166,12 +166,34 @@ def test_verifys_exit_code_is_its_verdict(
                 "detail": "so it is",
                 "figures": {},
             }
-            return {"verdict": verdict.value, "seconds": 1.0, "backend": "b", "reference": "r", "findings": [finding]}
+            told = {"verdict": verdict.value, "seconds": 1.0, "backend": "b", "reference": "r", "findings": [finding]}
+            return {**told, "notes": ["onnxruntime is another"]}
 
-    monkeypatch.setattr(bundle_from_checkpoint, "verify_bundle", lambda *arguments: Judged())
+    monkeypatch.setattr(verification, "verify_bundle", lambda *arguments: Judged())
     result = run("verify", "anything", *options)
     assert result.exit_code == code
     assert verdict.value in result.stdout
+
+
+def test_verify_explains_its_limits_names_the_parts_and_writes_a_report(proven: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("[1, 2, 3]", encoding="utf-8")
+    wanted = ("--bisect", "--explain", "--data", tmp_path / "mine.jsonl", "--report", tmp_path / "report")
+    said = run("verify", proven / "bundle", *wanted)
+    assert said.exit_code == 0
+    for word in ("unit roundoff of fp32", "calibration: ", "every part of the graph is within its budget", "report.html"):
+        assert word in said.stdout
+    told = run_json("verify", proven / "bundle", "--bisect", "--explain")
+    assert told["bisect"]["first"] is None
+    assert told["explanation"]
+    assert "positions" not in told
+    assert {"bisect", "explanation"}.isdisjoint(run_json("verify", proven / "bundle"))
+
+
+def test_sequences_that_can_not_be_used_are_exit_code_2_with_their_lines(proven: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("[1, 2, 3]\n[1]\n", encoding="utf-8")
+    said = run("verify", proven / "bundle", "--data", tmp_path / "mine.jsonl")
+    assert said.exit_code == 2
+    assert "line 2: 1 ids" in said.stderr
 
 
 def test_an_export_that_is_not_verified_says_so(tiny_bundle: Path) -> None:
@@ -192,7 +214,7 @@ def test_a_bundle_may_be_moved_anywhere_and_verify_still_finds_its_checkpoint(
         looked_for.append(Path(path))
         raise KeyError("far enough")
 
-    monkeypatch.setattr(bundle_from_checkpoint, "open_checkpoint", found)
+    monkeypatch.setattr(verification, "open_checkpoint", found)
     with pytest.raises(KeyError, match="far enough"):
         run("verify", f"{moved.name}/")
     assert looked_for[0].is_absolute()
