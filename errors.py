@@ -9,6 +9,8 @@
     ├── InputError            ids, masks, schedules or sampling values out of range (also a ValueError)
     │   └── CapacityError         more positions than the model or the cache can hold
     ├── BackendError          a library or device that is not there
+    ├── EngineClosedError     an engine that takes no more requests
+    ├── BusyError             an engine whose queue is full: try again later
     └── ParityError           what runs is not the model
 
 Anything else that escapes is a bug, and keeps its traceback. This file knows nothing of the rest of the package.
@@ -52,6 +54,14 @@ class CapacityError(InputError):
 
 class BackendError(MotrtError):
     """A library, device or data type that this machine does not have."""
+
+
+class EngineClosedError(MotrtError):
+    """An engine that is closing, or broken: its message says why."""
+
+
+class BusyError(MotrtError):
+    """As many requests are waiting as may: try again later."""
 
 
 class ParityError(MotrtError):

@@ -78,6 +78,18 @@ def generate(
         InputError: for prompts, schedules, sampling values or limits that can not be.
         CapacityError: when prompt and tokens are more than the model holds; before anything is computed.
     """
+    return _run(session, prepare_rows(session, prompt, schedule, sampling, max_tokens, stop_ids))
+
+
+def prepare_rows(
+    session: Session,
+    prompt: Prompt,
+    schedule: Schedule | None = None,
+    sampling: SamplingByModality | Sequence[SamplingByModality] | None = None,
+    max_tokens: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> list["Row"]:
+    """Check everything that ``generate`` takes, and make a row of each prompt; arguments and errors are its own."""
     config = session.config
     session.refuse_closed()
     prompts = [row.tolist() for row in check_prompts(_ids_of(prompt, session), config)]
@@ -87,18 +99,16 @@ def generate(
     stops = as_whole_numbers(stop_ids)
     if stops is None or (stops.size and not (stops.min() >= 0 and stops.max() < config.vocab_size)):
         raise InputError(f"stop_ids must be whole numbers in 0..{config.vocab_size - 1} ({brief(stop_ids)} came)")
-    rows = [
-        _Row(number, prompt, chosen, limit, session)
-        for number, (prompt, chosen, limit) in enumerate(
-            zip(prompts, _sampling_per_row(sampling, len(prompts), config), limits, strict=True)
-        )
+    per_row = _sampling_per_row(sampling, len(prompts), config)
+    return [
+        Row(number, prompt, chosen, limit, session, plan, frozenset(stops.tolist()))
+        for number, (prompt, chosen, limit) in enumerate(zip(prompts, per_row, limits, strict=True))
     ]
-    return _run(session, rows, plan, frozenset(stops.tolist()))
 
 
-def _run(session: Session, rows: list["_Row"], schedule: Schedule, stop_ids: frozenset[int]) -> Iterator[Step]:
+def _run(session: Session, rows: list["Row"]) -> Iterator[Step]:
     config = session.config
-    going = [row for row in rows if row.limit > 0 and row.ask(schedule) is not None]
+    going = [row for row in rows if row.begins()]
     if not going:
         return
     names = [config.modality_names[row.next_modality or 0] for row in rows]
@@ -106,7 +116,7 @@ def _run(session: Session, rows: list["_Row"], schedule: Schedule, stop_ids: fro
     logits = logits[[row.number for row in going]]
     while True:
         for row, its_logits in zip(going, logits, strict=True):
-            yield row.take(its_logits, schedule, stop_ids)
+            yield row.take(its_logits)
         going = [row for row in going if row.finish is None]
         if not going:
             return
@@ -115,11 +125,32 @@ def _run(session: Session, rows: list["_Row"], schedule: Schedule, stop_ids: fro
         logits = session.decode_step(newest, names, cache, active=[row.number for row in going])
 
 
-class _Row:
-    """One prompt's progress: what it said, whose turn is next, and how its tokens become text and frames."""
+class Row:
+    """One prompt's progress: what it said, whose turn is next, and how its tokens become text and frames.
 
-    def __init__(self, number: int, prompt: list[int], sampling: dict[str, Sampling], limit: int, session: Session) -> None:
+    Made by ``prepare_rows``, which checks everything. Knows no other row, and no cache.
+
+    Attributes:
+        number: which prompt of the batch it is.
+        prompt: its ids.
+        limit: the most tokens that it may say.
+        tokens: what it said.
+        finish: why it ended; None while it goes on.
+        next_modality: the number of the modality that comes next; None where it is finished, or has not been asked.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt: list[int],
+        sampling: dict[str, Sampling],
+        limit: int,
+        session: Session,
+        schedule: Schedule,
+        stop_ids: frozenset[int],
+    ) -> None:
         self.number, self.prompt, self.limit = number, prompt, limit
+        self._schedule, self._stop_ids = schedule, stop_ids
         self.config = session.config
         self.tokens: list[int] = []
         self.finish: str | None = None
@@ -138,12 +169,16 @@ class _Row:
         """The id to feed next; of a row that is finished, or never began, nobody looks."""
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
-    def ask(self, schedule: Schedule) -> int | None:
-        self.next_modality = schedules.next_modality(schedule, Progress(self.config, self.prompt, self.tokens))
+    def begins(self) -> bool:
+        """Whether anything comes after the prompt at all; asks the schedule for the first modality."""
+        return self.limit > 0 and self._ask() is not None
+
+    def _ask(self) -> int | None:
+        self.next_modality = schedules.next_modality(self._schedule, Progress(self.config, self.prompt, self.tokens))
         return self.next_modality
 
-    def take(self, logits: NDArray[np.float32], schedule: Schedule, stop_ids: frozenset[int]) -> Step:
-        """Choose the next token, and find out whether it was the last."""
+    def take(self, logits: NDArray[np.float32]) -> Step:
+        """Choose the next token from its logits [v], and find out whether it was the last."""
         modality = self.next_modality
         assert modality is not None
         name = self.config.modality_names[modality]
@@ -153,7 +188,7 @@ class _Row:
         token = ids.start + draw(logits[ids.start : ids.stop], chosen, uniform=chance, seen=seen)
         self.tokens.append(token)
         self._remember(token)
-        self.finish = self._finish(token, schedule, stop_ids)
+        self.finish = self._finish(token)
         return Step(
             row=self.number,
             index=len(self.tokens) - 1,
@@ -164,10 +199,10 @@ class _Row:
             finish=self.finish,
         )
 
-    def _finish(self, token: int, schedule: Schedule, stop_ids: frozenset[int]) -> str | None:
-        if token in stop_ids:
+    def _finish(self, token: int) -> str | None:
+        if token in self._stop_ids:
             return "stop"
-        if self.ask(schedule) is None:
+        if self._ask() is None:
             return "schedule"
         return "length" if len(self.tokens) >= self.limit else None
 

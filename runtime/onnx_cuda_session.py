@@ -22,7 +22,7 @@ from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.runtime.graph_choice import as_contract, choose, feed
 from motrt.runtime.kv_cache import KVCache
-from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession
+from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession, joined_arrays
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
 
@@ -120,6 +120,14 @@ class CudaOnnxSession(OnnxSession):
         for value in held.buffers.values:
             value.update_inplace(nothing)
         return Lease(held, idle)
+
+    def join_buffers(self, rows: Sequence[tuple[Any, int]], capacity: int) -> Any:
+        """By way of the host's memory: steps are recorded over buffers that never move, so rows are copied into such."""
+        lease = self.make_buffers(len(rows), capacity)
+        joined = joined_arrays([(buffers.held.buffers, row) for buffers, row in rows], capacity)
+        for value, array in zip(lease.held.buffers.values, joined, strict=True):
+            value.update_inplace(array)
+        return lease
 
     def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""

@@ -4,7 +4,7 @@ The cache stays where it is: past and present are bound to the same buffers, so 
 step binds five small arrays and one row of logits, and nothing else moves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class BoundBuffers:
 
     values: tuple[Any, ...]
     bindings: dict[Graph, Any]
+
+    def arrays(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Keys and values as arrays, one after the other; those on the CPU are the memory itself."""
+        for value in self.values:
+            yield value.numpy()
 
 
 class OnnxSession(Session):
@@ -184,6 +189,9 @@ class OnnxSession(Session):
             grown.append(ort.OrtValue.ortvalue_from_numpy(new))
         return self._bind(grown)
 
+    def join_buffers(self, rows: Sequence[tuple[BoundBuffers, int]], capacity: int) -> BoundBuffers:
+        return self._bind([ort.OrtValue.ortvalue_from_numpy(one) for one in joined_arrays(rows, capacity)])
+
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         return self._run(self._loaded[choose(self._loaded, inputs)], cache.buffers, inputs)
 
@@ -205,6 +213,19 @@ class OnnxSession(Session):
 
     def release(self) -> None:
         del self._loaded
+
+
+def joined_arrays(rows: Sequence[tuple[BoundBuffers, int]], capacity: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Keys or values [rows, k, capacity, d] of each layer in turn: copies of those rows, zeros behind what they hold."""
+    sources = list({id(buffers): buffers for buffers, _ in rows}.values())
+    for arrays in zip(*(one.arrays() for one in sources), strict=True):
+        by_source = dict(zip(map(id, sources), arrays, strict=True))
+        _, k, _, d = arrays[0].shape
+        made = np.zeros((len(rows), k, capacity, d), arrays[0].dtype)
+        for number, (buffers, row) in enumerate(rows):
+            old = by_source[id(buffers)][row]
+            made[number, :, : old.shape[1]] = old
+        yield made
 
 
 def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:

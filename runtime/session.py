@@ -23,6 +23,7 @@ from motrt.runtime.step_inputs import (
     check_inputs,
     check_prompts,
     decode_inputs,
+    modality_of_ids,
     prefill_inputs,
 )
 
@@ -89,6 +90,18 @@ class Session(ABC):
     def release(self) -> None:
         """Let go of weights and memory. Called once."""
 
+    def join_buffers(self, rows: "Sequence[tuple[Any, int]]", capacity: int) -> Any:
+        """Copies of rows of other buffers, in the order named, with room for ``capacity`` positions.
+
+        Args:
+            rows: buffers of this session's, and the number of a row in them.
+            capacity: at least that of each.
+
+        Raises:
+            BackendError: where the backend's memory can not be copied so.
+        """
+        raise BackendError(f"{self.backend} can not put rows of several caches into one: serve the bundle with onnxruntime")
+
     # What every session does with them.
 
     _is_closed = False
@@ -130,6 +143,27 @@ class Session(ABC):
             capacity = capacity_for(num_positions, self.config.max_seq_len, self.smallest_capacity)
             cache.buffers = self.grow_buffers(cache.buffers, capacity)
             cache.capacity = capacity
+
+    def join_rows(self, rows: Sequence[tuple[KVCache, int]]) -> KVCache:
+        """One cache of copies of rows of others: how requests join a batch that is running, and leave it.
+
+        Args:
+            rows: a cache of this session's and the number of a row in it, in the order of the new cache's rows.
+
+        Raises:
+            InputError: for no rows, foreign caches, or rows that a cache does not have.
+            BackendError: where the backend can not.
+        """
+        self.refuse_closed()
+        if not rows:
+            raise InputError("a cache needs at least one row")
+        for cache, row in rows:
+            self._refuse_foreign(cache)
+            if not 0 <= row < cache.batch_size:
+                raise InputError(f"the cache has rows 0..{cache.batch_size - 1} ({row} came)")
+        capacity = max(cache.capacity for cache, _ in rows)
+        lengths = np.array([cache.lengths[row] for cache, row in rows], dtype=np.int64)
+        return KVCache(lengths, capacity, self.join_buffers([(cache.buffers, row) for cache, row in rows], capacity), self)
 
     def run(self, inputs: StepInputs, cache: KVCache) -> Logits:
         """One checked pass of the graph contract.
@@ -193,6 +227,39 @@ class Session(ABC):
             logits[ends_here] = part
         cache.lengths[:] = lengths
         return logits, cache
+
+    def prefill_chunk(self, ids: Sequence[int], next_modality: str, cache: KVCache, is_last: bool = True) -> Logits:
+        """Read the next ids of one row's prompt behind what its cache holds: a prompt in pieces, others' steps between them.
+
+        Args:
+            ids: the next ids, at least one.
+            next_modality: the modality predicted behind the prompt's end.
+            cache: of one row; grown where it is full.
+            is_last: whether the prompt ends here; where it does not, no logits are computed.
+
+        Returns:
+            Logits [1, v] behind the last id; [0, v] where the prompt goes on.
+
+        Raises:
+            InputError: for a cache of several rows, or ids or a name out of range.
+            CapacityError: for more positions than the model holds; before anything is computed.
+        """
+        self.refuse_closed()
+        self._refuse_foreign(cache)
+        if cache.batch_size != 1:
+            raise InputError(f"a prompt in pieces is one row's, and the cache has {cache.batch_size} rows")
+        (row,) = check_prompts([ids], self.config)
+        predicted = self._modality_indices(next_modality, 1)
+        start = int(cache.lengths[0])
+        self.reserve(cache, start + len(row))
+        wanted = np.arange(len(row) - 1, len(row) if is_last else len(row) - 1, dtype=np.int64)
+        ids_2d = row[None]
+        inputs = StepInputs(
+            ids_2d, modality_of_ids(ids_2d, self.config), cache.lengths.copy(), wanted, predicted[: len(wanted)]
+        )
+        logits = self.run(inputs, cache)
+        cache.lengths[0] = start + len(row)
+        return logits
 
     def decode_step(
         self,

@@ -1,5 +1,7 @@
 """The reference as a session: the PyTorch decoder itself, from a checkpoint. The one file of this room that needs torch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -49,6 +51,15 @@ class TorchSession(Session):
             for old, new in zip(old_pair, new_pair, strict=True):
                 new[:, :, : old.shape[2]] = old
         return grown
+
+    @torch.inference_mode()
+    def join_buffers(self, rows: Sequence[tuple[Cache, int]], capacity: int) -> Cache:
+        joined = self.decoder.new_cache(len(rows), capacity)
+        for number, (buffers, row) in enumerate(rows):
+            for old_pair, new_pair in zip(buffers, joined, strict=True):
+                for old, new in zip(old_pair, new_pair, strict=True):
+                    new[number, :, : old.shape[2]] = old[row]
+        return joined
 
     @torch.inference_mode()
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:

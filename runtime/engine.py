@@ -1,0 +1,498 @@
+"""Many requests at once over one session: continuous batching.
+
+Requests join and leave the running batch between two steps. Each turn of the engine drops who is cancelled or late, admits who
+waits, reads one chunk of one new prompt, and does one decode step for all rows that are running, whatever their modalities and
+positions. A long prompt so delays the others by a chunk, never by its length. One thread of the engine's own does all of that;
+callers hand requests in and take steps out from any thread, or from an event loop.
+
+A row's tokens depend on its own prompt, schedule, sampling and seed (see ``decoding``): never on who shares its batch. An
+engine knows token ids; text comes in and out only through the tokenizer that the session may carry. It knows nothing of HTTP.
+"""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from motrt.errors import BackendError, BusyError, EngineClosedError, InputError
+from motrt.runtime.decoding import Prompt, Row, Step, prepare_rows
+from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.sampling import SamplingByModality
+from motrt.runtime.schedule import Schedule
+from motrt.runtime.session import Logits, Session
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row that may fail before the engine calls itself broken: one may be a request's fault, three are the backend's.
+MOST_FAILURES = 3
+
+# How a request ends beside what ``Step.finish`` knows.
+CANCELLED, DEADLINE = "cancelled", "deadline"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine shares its session.
+
+    Attributes:
+        max_batch: rows that decode together, those whose prompts are being read included.
+        max_queue: requests that wait beside them; one more is refused.
+        prefill_chunk: ids of a prompt that are read between two decode steps.
+    """
+
+    max_batch: int = 8
+    max_queue: int = 64
+    prefill_chunk: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch", 1), ("max_queue", 0), ("prefill_chunk", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1 << 16:
+                raise InputError(f"{name} must be a whole number in {least}..{1 << 16} ({value!r} came)")
+
+
+class EngineObserver:
+    """Told what happens, for metrics; every method may be overridden, none may block or raise."""
+
+    def refused(self, reason: str) -> None:
+        """A request was not taken."""
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token came so long after it was handed in."""
+
+    def next_token(self, seconds: float) -> None:
+        """A later token came so long after the one before."""
+
+    def token(self, modality: str) -> None:
+        """A token of a modality was generated."""
+
+    def finished(self, reason: str) -> None:
+        """A request ended: a ``Step.finish``, ``cancelled``, ``deadline`` or ``error``."""
+
+    def decoded(self, rows: int, seconds: float) -> None:
+        """A decode step of so many rows took so long."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """How an engine stands, at one moment.
+
+    Attributes:
+        waiting: requests in the queue.
+        running: rows that decode.
+        reading: requests whose prompts are being read.
+        cache_positions: positions of the running batch's cache, over all rows, and how many of them are filled.
+        steps: decode steps so far, and the rows in them: their quotient is the mean batch.
+        failure: why the engine is broken; empty while it serves.
+    """
+
+    waiting: int
+    running: int
+    reading: int
+    cache_positions: int
+    cache_filled: int
+    steps: int
+    rows_stepped: int
+    failure: str = ""
+
+
+_END = object()
+
+
+class Stream:
+    """One request's steps, as they come. Iterate over it, or ``async for`` over ``events``; ``cancel`` ends it early.
+
+    Attributes:
+        number: of the request, counted by the engine.
+        finish: how it ended; None while it goes on.
+        error: what ended it, where something went wrong.
+    """
+
+    def __init__(self, number: int, row: Row, priority: int, deadline: float | None) -> None:
+        self.number, self.row, self.priority, self.deadline = number, row, priority, deadline
+        self.finish: str | None = None
+        self.error: BaseException | None = None
+        self.started = time.monotonic()
+        self.last_token: float | None = None
+        self._is_cancelled = threading.Event()
+        self._ended = threading.Event()
+        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    # What callers do.
+
+    def cancel(self) -> None:
+        """Let go of the request: its row is free before the next step. A request that has ended stays as it is."""
+        self._is_cancelled.set()
+
+    def __iter__(self) -> Iterator[Step]:
+        """Each step as it comes.
+
+        Raises:
+            MotrtError: what ended the request, where something went wrong.
+        """
+        try:
+            while (step := self._steps.get()) is not _END:
+                yield step
+        finally:
+            self.cancel()
+        if self.error is not None:
+            raise self.error
+
+    async def events(self) -> AsyncIterator[Step]:
+        """The same in an event loop: nothing blocks it."""
+        loop, wake = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = (loop, wake)
+        try:
+            while True:
+                try:
+                    step = self._steps.get_nowait()
+                except queue.Empty:
+                    await wake.wait()
+                    wake.clear()
+                    continue
+                if step is _END:
+                    break
+                yield step
+        finally:
+            self._wake = None
+            self.cancel()
+        if self.error is not None:
+            raise self.error
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether the request has ended within so long."""
+        return self._ended.wait(seconds)
+
+    # What the engine does.
+
+    @property
+    def is_unwanted(self) -> str | None:
+        """Why the request should not go on; None where it should."""
+        if self._is_cancelled.is_set():
+            return CANCELLED
+        return DEADLINE if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+    def give(self, step: Step) -> None:
+        self._put(step)
+
+    def end(self, finish: str, error: BaseException | None = None) -> bool:
+        """Whether it had not ended before."""
+        if self.finish is not None:
+            return False
+        self.finish, self.error = finish, error
+        self._put(_END)
+        self._ended.set()
+        return True
+
+    def _put(self, value: Any) -> None:
+        self._steps.put(value)
+        wake = self._wake
+        if wake is not None:
+            loop, event = wake
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self.cancel()
+
+
+@dataclass
+class _Reading:
+    """A prompt that is being read into a cache of its own."""
+
+    stream: Stream
+    cache: KVCache
+    done: int = 0
+
+
+@dataclass
+class _Batch:
+    """The rows that decode together, in the order of the cache's rows."""
+
+    streams: list[Stream] = field(default_factory=list)
+    cache: KVCache | None = None
+
+
+class Engine:
+    """Serves requests over ``session``; see the head of this file. A context manager, or call ``close``.
+
+    Args:
+        session: what computes; nothing else may use it meanwhile. It stays open when the engine is closed.
+        options: how it is shared.
+        observer: told what happens.
+    """
+
+    def __init__(self, session: Session, options: EngineOptions | None = None, observer: EngineObserver | None = None) -> None:
+        self.session, self.options, self.observer = session, options or EngineOptions(), observer or EngineObserver()
+        if session.most_rows is not None and session.most_rows < self.options.max_batch:
+            raise InputError(f"max_batch must be at most {session.most_rows}: this backend takes no more rows")
+        self.failure = ""
+        self._numbers = itertools.count()
+        self._lock = threading.Condition()
+        self._waiting: list[Stream] = []
+        self._reading: deque[_Reading] = deque()
+        self._batch = _Batch()
+        self._steps = self._rows_stepped = self._failures = 0
+        self._is_closing = self._is_draining = False
+        self._thread = threading.Thread(target=self._serve, name="motrt-engine", daemon=True)
+        self._thread.start()
+
+    # What callers do.
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        schedule: Schedule | None = None,
+        sampling: SamplingByModality | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Sequence[int] = (),
+        priority: int = 0,
+        seconds: float | None = None,
+    ) -> Stream:
+        """Hand in one request; everything is checked here, and nothing is computed yet.
+
+        Args:
+            prompt: text, or ids: one prompt.
+            schedule: as of ``decoding.generate``.
+            sampling: likewise.
+            max_tokens: likewise.
+            stop_ids: likewise.
+            priority: requests of a higher one are admitted first; equal ones in the order in which they came.
+            seconds: how long it may take from now; what has come by then is kept, and ``finish`` is ``deadline``.
+
+        Raises:
+            InputError: for values out of range.
+            CapacityError: for prompt and tokens that are more than the model holds.
+            BusyError: when the queue is full.
+            EngineClosedError: when the engine is closing, or broken.
+        """
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InputError(f"priority must be a whole number ({priority!r} came)")
+        if seconds is not None and not (isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0):
+            raise InputError(f"seconds must be a number above 0 ({seconds!r} came)")
+        rows = prepare_rows(self.session, prompt, schedule, sampling, max_tokens, stop_ids)
+        if len(rows) != 1:
+            raise InputError(f"a request is one prompt ({len(rows)} came): hand in each by itself")
+        deadline = None if seconds is None else time.monotonic() + seconds
+        stream = Stream(next(self._numbers), rows[0], priority, deadline)
+        with self._lock:
+            if self._is_closing or self._is_draining or self.failure:
+                raise EngineClosedError(self.failure or "the engine is closing and takes no more requests")
+            if len(self._waiting) >= self.options.max_queue + self._room():
+                self.observer.refused("queue full")
+                raise BusyError(f"{len(self._waiting)} requests are waiting and no more are taken: try again later")
+            if not rows[0].begins():
+                stream.end("schedule" if rows[0].limit else "length")
+                self.observer.finished(stream.finish or "")
+                return stream
+            self._waiting.append(stream)
+            self._lock.notify_all()
+        return stream
+
+    def generate(self, prompt: Prompt, **options: Any) -> Iterator[Step]:
+        """Hand in a request and iterate over its steps; leaving the loop cancels it. Options are ``submit``'s."""
+        return iter(self.submit(prompt, **options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Step]:
+        """The same for ``async for``. Options are ``submit``'s."""
+        return self.submit(prompt, **options).events()
+
+    def state(self) -> EngineState:
+        """How the engine stands now."""
+        with self._lock:
+            cache = self._batch.cache
+            return EngineState(
+                waiting=len(self._waiting),
+                running=len(self._batch.streams),
+                reading=len(self._reading),
+                cache_positions=0 if cache is None else cache.batch_size * cache.capacity,
+                cache_filled=0 if cache is None else int(cache.lengths.sum()),
+                steps=self._steps,
+                rows_stepped=self._rows_stepped,
+                failure=self.failure,
+            )
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """End the engine: requests that are not done within ``drain_seconds`` end with EngineClosedError."""
+        with self._lock:
+            self._is_draining = True
+            self._lock.notify_all()
+            self._lock.wait_for(self._is_idle, timeout=drain_seconds)
+            self._is_closing = True
+            self._lock.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # The engine's own thread.
+
+    def _room(self) -> int:
+        return self.options.max_batch - len(self._batch.streams) - len(self._reading)
+
+    def _is_idle(self) -> bool:
+        return not (self._waiting or self._reading or self._batch.streams)
+
+    def _serve(self) -> None:
+        try:
+            while self._serve_a_turn():
+                pass
+        except Exception as failure:  # memory that can not be had for a batch, say: nobody may wait for ever
+            logger.exception("the engine is broken")
+            self.failure = f"the engine is broken: {failure!r}"
+        self._end_all(EngineClosedError(self.failure or "the engine was closed before this request was done"))
+
+    def _serve_a_turn(self) -> bool:
+        """Whether there will be another."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._is_closing or not self._is_idle())
+            if self._is_closing or self.failure:
+                return False
+            self._drop_unwanted()
+            self._admit()
+        self._turn()
+        with self._lock:
+            if self._is_idle():
+                self._lock.notify_all()
+        return True
+
+    def _turn(self) -> None:
+        """One chunk of a prompt, and one step of the batch. What fails ends the requests that were in it, and no others."""
+        for part, streams in ((self._read_a_chunk, self._streams_reading()), (self._decode, list(self._batch.streams))):
+            if not streams:
+                continue
+            try:
+                part()
+                self._failures = 0
+            except Exception as failure:
+                logger.exception("a step failed: %d requests end", len(streams))
+                self._fail(streams, failure)
+
+    def _streams_reading(self) -> list[Stream]:
+        return [self._reading[0].stream] if self._reading else []
+
+    def _fail(self, streams: Sequence[Stream], failure: Exception) -> None:
+        told = failure if isinstance(failure, BackendError) else BackendError(f"this step failed: {failure!r}")
+        with self._lock:
+            for stream in streams:
+                self._finish(stream, "error", told)
+            self._reading = deque(one for one in self._reading if one.stream not in streams)
+            self._keep([one for one in self._batch.streams if one not in streams])
+            self._failures += 1
+            if self._failures >= MOST_FAILURES:
+                self.failure = f"{self._failures} steps in a row failed, the last with: {failure}"
+
+    def _finish(self, stream: Stream, finish: str, error: Exception | None = None) -> None:
+        if stream.end(finish, error):
+            self.observer.finished(finish)
+
+    def _drop_unwanted(self) -> None:
+        """Whoever is cancelled or late leaves: from the queue, from reading, from the batch."""
+        unwanted = {}
+        for stream in (*self._waiting, *(one.stream for one in self._reading), *self._batch.streams):
+            if (reason := stream.is_unwanted) is not None:
+                unwanted[stream] = reason
+                self._finish(stream, reason)
+        if unwanted:
+            self._waiting = [one for one in self._waiting if one not in unwanted]
+            self._reading = deque(one for one in self._reading if one.stream not in unwanted)
+            self._keep([one for one in self._batch.streams if one not in unwanted])
+
+    def _admit(self) -> None:
+        """The longest waiting of the highest priority first, while there is room."""
+        while self._waiting and self._room() > 0:
+            chosen = max(self._waiting, key=lambda one: (one.priority, -one.number))
+            self._waiting.remove(chosen)
+            try:
+                cache = self.session.new_cache(1, len(chosen.row.prompt) + 1)
+            except Exception as failure:
+                self._finish(chosen, "error", failure if isinstance(failure, BackendError) else BackendError(repr(failure)))
+                continue
+            self._reading.append(_Reading(chosen, cache))
+
+    def _read_a_chunk(self) -> None:
+        """The next ids of the prompt that has waited longest; at its end the row joins the batch with its first token."""
+        reading = self._reading[0]
+        row, config = reading.stream.row, self.session.config
+        stop = min(reading.done + min(self.options.prefill_chunk, self.session.longest_pass), len(row.prompt))
+        name = config.modality_names[row.next_modality or 0]
+        logits = self.session.prefill_chunk(row.prompt[reading.done : stop], name, reading.cache, stop == len(row.prompt))
+        reading.done = stop
+        if stop < len(row.prompt):
+            self._reading.rotate(-1)  # others' prompts take turns with a long one
+            return
+        with self._lock:
+            self._reading.popleft()
+        if self._take(reading.stream, logits[0]):
+            self._join(reading)
+
+    def _join(self, reading: _Reading) -> None:
+        batch = self._batch
+        old = [(batch.cache, row) for row in range(len(batch.streams))] if batch.cache is not None else []
+        cache = self.session.join_rows([*old, (reading.cache, 0)]) if old else reading.cache
+        with self._lock:
+            self._batch = _Batch([*batch.streams, reading.stream], cache)
+
+    def _keep(self, streams: list[Stream]) -> None:
+        """The batch without the others' rows."""
+        batch = self._batch
+        if len(streams) == len(batch.streams):
+            return
+        if not streams or batch.cache is None:
+            self._batch = _Batch()
+            return
+        rows = [batch.streams.index(one) for one in streams]
+        self._batch = _Batch(streams, self.session.join_rows([(batch.cache, row) for row in rows]))
+
+    def _decode(self) -> None:
+        batch, config = self._batch, self.session.config
+        if batch.cache is None:
+            return
+        started = time.perf_counter()
+        names = [config.modality_names[one.row.next_modality or 0] for one in batch.streams]
+        logits = self.session.decode_step([one.row.newest for one in batch.streams], names, batch.cache)
+        goes_on = [one for one, its_logits in zip(batch.streams, logits, strict=True) if self._take(one, its_logits)]
+        with self._lock:
+            self._keep(goes_on)
+            self._steps += 1
+            self._rows_stepped += len(batch.streams)
+        self.observer.decoded(len(batch.streams), time.perf_counter() - started)
+
+    def _take(self, stream: Stream, logits: Logits) -> bool:
+        """The stream's next step, handed out; whether it goes on. Logits that no id can be chosen from end it alone."""
+        try:
+            step = stream.row.take(logits)
+        except Exception as failure:
+            told = failure if isinstance(failure, BackendError) else BackendError(f"no token could be chosen: {failure!r}")
+            self._finish(stream, "error", told)
+            return False
+        now = time.monotonic()
+        if stream.last_token is None:
+            self.observer.first_token(now - stream.started)
+        else:
+            self.observer.next_token(now - stream.last_token)
+        stream.last_token = now
+        self.observer.token(step.modality)
+        stream.give(step)
+        if step.finish is not None:
+            self._finish(stream, step.finish)
+            return False
+        return True
+
+    def _end_all(self, failure: EngineClosedError) -> None:
+        with self._lock:
+            for stream in (*self._waiting, *(one.stream for one in self._reading), *self._batch.streams):
+                self._finish(stream, "error", failure)
+            self._waiting, self._reading, self._batch = [], deque(), _Batch()
+            self._lock.notify_all()
