@@ -42,7 +42,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		"Install one (on Debian and Ubuntu: apt install python3-venv), or name one: make install PYTHON=/path/to/python3" >&2; \
 		exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,tensorrt-rtx,serve,dev]'
 	@touch $@
 
 clean:

@@ -8,7 +8,7 @@ is not one of them.
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ("model_def", "runtime", "export")
+ROOMS = ("model_def", "runtime", "export", "serve")
 NOT_MODULES = {"setup"}
 
 

@@ -18,7 +18,7 @@ import pytest
 import motrt
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("model_def", "runtime", "export")
+ROOMS = ("model_def", "runtime", "export", "serve")
 
 # Each may import what stands before it, and itself; `motrt` is the public face, __init__.py.
 ORDER = (
@@ -26,6 +26,7 @@ ORDER = (
     "motrt.model_def",
     "motrt.runtime",
     "motrt",
+    "motrt.serve",
     "motrt.export",
     "motrt.parity",
     "motrt.pytest_plugin",
@@ -54,6 +55,10 @@ OWNERS = {
     "polygraphy": ("export/*.py",),
     "tensorrt": (),
     "tensorrt_rtx": (),
+    "fastapi": ("serve/*.py",),
+    "uvicorn": ("serve/*.py",),
+    "prometheus_client": ("serve/*.py",),
+    "ray": ("serve/ray.py",),
     "click": ("cli.py",),
     "rich": ("cli.py", "export/report.py"),
 }
