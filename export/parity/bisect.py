@@ -5,14 +5,14 @@ follows from its own few roundings (as the gate's limit follows from all of them
 travel: the first part that leaves its budget is where the fault is, and not where it shows. Beside that the layers run one
 behind the other, each fed with what the one before made, which gives the drift of the residual stream.
 
-Three passes are looked at: a ragged prefill of all modalities, a chunk behind it, and a decode step. What stands outside the
-graph (a session, a runtime's fusions across parts) is not in any part: where all parts are well and the whole is not, it is
-there.
+Four passes are looked at: a ragged prefill of all modalities, a chunk behind it, a decode step, and the last slots of the
+cache's buffers. What stands outside the graph (a session, a runtime's fusions across parts) is not in any part: where all
+parts are well and the whole is not, it is there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from motrt.errors import ParityError
+from motrt.errors import BackendError, ParityError
 from motrt.export.parity.calibration import Calibration
 from motrt.export.parity.failing_part import Fed, write_failing_part
 from motrt.export.parity.findings import json_number
@@ -38,9 +38,13 @@ from motrt.runtime.onnx_session import open_graph
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
 from motrt.runtime.tolerances import ACCUMULATION, SAFETY, UNIT_ROUNDOFF, relative_l2_limit
 
-# Ids of each pass: a ragged prefill, a chunk behind it, a decode step. The chunk ends in another bucket of modalities.
+# Ids of each pass: a ragged prefill, a chunk behind it (and as many at the end), a decode step. The chunk ends in another
+# bucket of modalities.
 PROMPT, CHUNK = (12, 9, 6), 5
 CAPACITY = 32
+LAST_SLOTS = "last slots of the cache"
+
+CACHES = ("past_", "present_")
 
 # Rounding of what a part is given, and of its weights, to the graph's precision.
 ROUNDINGS_AT_THE_ENTRANCE = 2
@@ -149,16 +153,19 @@ def recorded_passes(decoder: Decoder, graph: Graph = CANONICAL) -> list[Recorded
     capacity = min(CAPACITY, config.max_seq_len)
     cache: Cache = decoder.new_cache(len(rows), capacity)
     found, at = [], np.zeros(len(rows), np.int64)
-    for name, counts in _counts(config):
-        inputs = _pass(config, rows, at, counts, graph if name == "decode step" else CANONICAL)
+    for name, counts in _counts(config, graph):
+        if name == LAST_SLOTS:
+            at = capacity - np.array(counts)  # zeros lie between, for the graph and the reference alike
+        is_step = max(counts) == 1 and name != "prefill"
+        inputs = _pass(config, rows, at, counts, graph if is_step else CANONICAL)
         values, cache = record(decoder, inputs, cache)
-        if not graph.is_step or name == "decode step":
+        if not graph.is_step or is_step:
             found.append(RecordedPass(name, inputs, values))
         at = at + np.array(counts)
     return found
 
 
-def _counts(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _counts(config: ModelConfig, graph: Graph) -> Iterator[tuple[str, tuple[int, ...]]]:
     """New tokens of each row, pass by pass, as far as the model's positions reach."""
     room = min(CAPACITY, config.max_seq_len)
     prompt = tuple(max(1, min(count, room - 2)) for count in PROMPT)
@@ -167,10 +174,11 @@ def _counts(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "chunk", (CHUNK,) * len(prompt)
     if max(prompt) + 1 <= room:
         yield "decode step", (1,) * len(prompt)
+        yield LAST_SLOTS, (1 if graph.is_step else min(CHUNK, room),) * len(prompt)
 
 
 def _rows(config: ModelConfig, graph: Graph) -> list[NDArray[np.int64]]:
-    maker, length = SequenceMaker(config, seed=21), sum((max(PROMPT), CHUNK, 1, 1))
+    maker, length = SequenceMaker(config, seed=21), CAPACITY
     if graph.is_step:
         return [maker.row([graph.tokens or 0], length) for _ in PROMPT]
     count = len(config.modalities)
@@ -232,7 +240,7 @@ def bisect(
             errors.append(asker.ask(part, passes))
             advance(1)
     with steps.step(f"follow the stream through {graph.name}"):
-        drift = asker.drift(passes)
+        drift = {} if any(not isfinite(one.error) for one in errors) else asker.drift(passes)
     found = Bisection(graph.name, tuple(errors), drift)
     if folder is None or found.first is None:
         return found
@@ -259,15 +267,26 @@ class _Asker:
     def fed(self, part: Part, passes: Sequence[RecordedPass], instead: Sequence[Values] = ()) -> list[Fed]:
         """``instead``: values to feed in the place of the reference's, per pass."""
         told = []
+        taken = {one.name for one in self.cut(part).graph.input}
         for number, one in enumerate(passes):
             values = {**one.values, **(instead[number] if instead else {})}
-            given = {self._cuts.places[name]: self._rounded(values[name]) for name in self._cuts.places if name in values}
-            wanted = {self._cuts.places[name]: self._in_range(name, one) for name in part.outputs}
+            given = {
+                place: self._rounded(self._at_capacity(name, values[name]))
+                for name, place in self._cuts.places.items()
+                if place in taken and name in values
+            }
+            wanted = {self._cuts.places[name]: self._at_capacity(name, self._in_range(name, one)) for name in part.outputs}
             told.append(Fed(one.name, {**given, **feed(self._graph, one.inputs)}, wanted))
         return told
 
     def _rounded(self, value: NDArray[Any]) -> NDArray[Any]:
         return value.astype(np.dtype(self._dtype))
+
+    def _at_capacity(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """A cache as long as the graph wants it: zeros behind what the reference had, which nothing sees."""
+        missing = (self._graph.capacity or 0) - value.shape[2] if value.ndim == 4 and name.startswith(CACHES) else 0
+        # [b, k, t, d]
+        return np.pad(value, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing > 0 else value
 
     def _in_range(self, name: str, one: RecordedPass) -> NDArray[Any]:
         """A step gives the logits of its own range alone."""
@@ -278,6 +297,12 @@ class _Asker:
         return value[:, ids.start : ids.stop]
 
     def ask(self, part: Part, passes: Sequence[RecordedPass]) -> PartError:
+        try:
+            return self._asked(part, passes)
+        except BackendError as failure:  # a part that can not even be run is where the fault is
+            return PartError(part, inf, self._budget(part, passes[0]), str(failure))
+
+    def _asked(self, part: Part, passes: Sequence[RecordedPass]) -> PartError:
         worst, where, over = 0.0, "", set[str]()
         budget = 0.0
         with self._opened(part) as run:
@@ -371,7 +396,11 @@ class _Run:
         del self._session
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        came = self._session.run(self._names, {name: value for name, value in inputs.items() if name in self._inputs})
+        given = {name: value for name, value in inputs.items() if name in self._inputs}
+        try:
+            came = self._session.run(self._names, given)
+        except Exception as failure:  # onnxruntime's exceptions share no base of their own
+            raise BackendError(f"onnxruntime can not run it: {failure}") from failure
         return dict(zip(self._names, came, strict=True))
 
 
@@ -387,7 +416,7 @@ def _as_rows(name: str, value: NDArray[Any]) -> NDArray[Any]:
 def row_errors(expected: NDArray[Any], came: NDArray[Any]) -> NDArray[np.float64]:
     """Relative L2 errors of the rows of two matrices; infinite where there is no number.
 
-    -inf where -inf is expected counts as equal: ids outside a modality's range.
+    -inf where -inf is expected counts as equal, and anything else there as no number: ids outside a modality's range.
     """
     if expected.shape != came.shape:
         return np.full(len(expected), inf)
@@ -395,7 +424,7 @@ def row_errors(expected: NDArray[Any], came: NDArray[Any]) -> NDArray[np.float64
     is_never = np.isneginf(wanted)
     wanted = np.where(is_never, 0.0, wanted)
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = np.where(is_never & np.isneginf(got), 0.0, got - wanted)
+        difference = np.where(is_never, np.where(np.isneginf(got), 0.0, inf), got - wanted)
         errors = np.linalg.norm(difference, axis=1) / np.maximum(np.linalg.norm(wanted, axis=1), 1e-30)
     return np.where(np.isfinite(errors), errors, inf)
 
