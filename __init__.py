@@ -12,6 +12,7 @@ Importing this, and opening a bundle, needs numpy, tokenizers and onnxruntime: n
 
 from motrt.errors import MotrtError
 from motrt.runtime.decoding import Step
+from motrt.runtime.engine import Engine, EngineOptions
 from motrt.runtime.load import load
 from motrt.runtime.sampling import Sampling
 from motrt.runtime.schedule import interleave, on_control, then
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AudioFrame",
+    "Engine",
+    "EngineOptions",
     "MotrtError",
     "Sampling",
     "Session",

@@ -67,6 +67,8 @@ GENERIC_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"
 
 PUBLIC_NAMES = {
     "AudioFrame",
+    "Engine",
+    "EngineOptions",
     "MotrtError",
     "Sampling",
     "Session",
