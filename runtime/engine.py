@@ -112,6 +112,7 @@ class Stream:
         number: of the request, counted by the engine.
         finish: how it ended; None while it goes on.
         error: what ended it, where something went wrong.
+        admitted: when it left the queue, by the monotonic clock; None while it waits.
     """
 
     def __init__(self, number: int, row: Row, priority: int, deadline: float | None) -> None:
@@ -119,6 +120,7 @@ class Stream:
         self.finish: str | None = None
         self.error: BaseException | None = None
         self.started = time.monotonic()
+        self.admitted: float | None = None
         self.last_token: float | None = None
         self._is_cancelled = threading.Event()
         self._ended = threading.Event()
@@ -414,6 +416,7 @@ class Engine:
         while self._waiting and self._room() > 0:
             chosen = max(self._waiting, key=lambda one: (one.priority, -one.number))
             self._waiting.remove(chosen)
+            chosen.admitted = time.monotonic()
             try:
                 cache = self.session.new_cache(1, len(chosen.row.prompt) + 1)
             except Exception as failure:
