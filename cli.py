@@ -617,6 +617,63 @@ def bench_tables(found: dict[str, Any]) -> list[Any]:
     return [table(title, columns, prefill + decode), table("beside", ["", ">"], facts)]
 
 
+SERVE_OPTIONS = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."),
+    click.option("--model-name", help="What requests call the model; the folder's name where not said."),
+    click.option("--max-batch", type=int, default=8, show_default=True, help="Rows that decode together."),
+    click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait beside them."),
+    click.option("--prefill-chunk", type=int, default=64, show_default=True, help="Prompt ids read between two steps."),
+    click.option("--max-prompt-tokens", type=int, help="Of a request; as many as the model holds where not said."),
+    click.option("--max-tokens", type=int, help="Of an answer; likewise."),
+    click.option("--max-body-bytes", type=int, default=1 << 20, show_default=True, help="Of a request."),
+    click.option("--body-seconds", type=float, default=10.0, show_default=True, help="For a request's body to come."),
+    click.option("--request-seconds", type=float, default=600.0, show_default=True, help="Most time for an answer."),
+    click.option("--requests-per-minute", type=int, default=0, show_default=True, help="Of one key or address; 0: no limit."),
+    click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="For requests to end after SIGTERM."),
+    click.option("--api-key-file", type=click.Path(path_type=Path), help="One key a line; requests must bring one."),
+    click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core."),
+    click.option("--check", type=click.Choice(CHECKS), help="Of the bundle; its known answer where it carries one."),
+)
+
+
+def serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(SERVE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@serve_options
+@mends
+def serve(bundle: Path, model_name: str | None, **options: Any) -> None:
+    """Serve BUNDLE over HTTP as OpenAI's completions do, text and audio, until SIGTERM. See docs/serving.md."""
+    try:
+        from motrt.serve.options import ServeOptions
+        from motrt.serve.server import serve as run
+    except ImportError as missing:
+        raise BackendError(f"serving needs FastAPI and more ({missing}): pip install 'motrt[serve]'") from None
+    run(bundle, ServeOptions(model_name=model_name or bundle.resolve().name or "motrt", **options))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@json_option
+@mends
+def triton(bundle: Path, repository: Path, as_json: bool) -> None:
+    """Write a Triton model repository: the graph, its engines, and the generation loop, as models of their own."""
+    from motrt.serve.triton import write_repository
+
+    models = write_repository(bundle, repository)
+    if as_json:
+        print_json({"repository": str(repository), "models": models})
+        return
+    say(f"{repository}: {', '.join(models)}")
+
+
 def parse_ids(text: str) -> list[int]:
     """``1,2,3`` as ids."""
     try:
