@@ -66,7 +66,7 @@ def evidence_of(session: Session, compared: Sequence[Compared], graph: str = "mo
 
 def noise_of(compared: Sequence[Compared]) -> float:
     """The measured error of a logit, as a standard deviation, over everything that was compared."""
-    return sqrt(float(np.mean([one.difference.mean_square for one in compared])))
+    return sqrt(float(np.mean([one.difference.mean_square for one in compared]))) if compared else 0.0
 
 
 def agreement_findings(session: Session, compared: Sequence[Compared], limit: float | None = None) -> list[Finding]:

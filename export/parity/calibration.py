@@ -78,7 +78,7 @@ def calibrate(reference: Session, scenario: Scenario) -> Calibration:
     if reference.most_rows is not None and reference.most_rows < 3:
         del ways["beside two other rows"]
     found = {name: _worst(whole, observe(reference, way)) for name, way in ways.items()}
-    with _on_one_thread():
+    with on_one_thread():
         found["on one thread"] = _worst(whole, observe(reference, Scenario("whole", (row,), (count,))))
     return Calibration(reference.precision, expected_difference(reference.config, reference.precision), found)
 
@@ -89,7 +89,8 @@ def _worst(whole: list[Observation], other: list[Observation]) -> float:
 
 
 @contextmanager
-def _on_one_thread() -> Iterator[None]:
+def on_one_thread() -> Iterator[None]:
+    """PyTorch on one thread, for as long as this is open."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -85,6 +85,7 @@ def write_failing_part(folder: Path, model: onnx.ModelProto, data: Path, fed: Se
     """
     taken, made = ({one.name for one in values} for values in (model.graph.input, model.graph.output))
     with new_folder(folder, None, ExportError) as work:
+        _give_shapes(model, {**fed[0].inputs, **fed[0].expected})
         _save_with_values(model, data, work / PART_FILE)
         inputs = [{name: _plain(value) for name, value in one.inputs.items() if name in taken} for one in fed]
         expected = [{name: _plain(value) for name, value in one.expected.items() if name in made} for one in fed]
@@ -96,6 +97,16 @@ def write_failing_part(folder: Path, model: onnx.ModelProto, data: Path, fed: Se
         save_outputs("the reference in PyTorch", expected, work / "expected.json")
         (work / "run.py").write_text(_RUN, encoding="utf-8")
         (work / "README.md").write_text(_README.format(sentence=sentence), encoding="utf-8")
+
+
+def _give_shapes(model: onnx.ModelProto, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """What was cut has no dims; a valid file names as many as there are."""
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type
+        if not kind.HasField("shape"):
+            kind.shape.SetInParent()
+            for number in range(arrays[value.name].ndim):
+                kind.shape.dim.add().dim_param = f"{value.name}_{number}"
 
 
 def _save_with_values(model: onnx.ModelProto, data: Path, file: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from motrt.errors import CheckpointError
+from motrt.errors import BackendError, CheckpointError
 from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of
 from motrt.export.parity.bisect import Bisection, RecordedPass, bisect, recorded_passes
 from motrt.export.parity.calibration import Calibration, calibrate, expected_difference, explanation
@@ -159,8 +159,8 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
         findings = contract_findings(subject.model_file, config, dtype, checkpoint, advance, quantization)
         for graph in subject.graphs:
-            asked = derived_contract_findings(subject.model_file, graph, config, dtype, quantization)
-            findings += named_for(graph, asked)
+            own = derived_contract_findings(subject.model_file, graph, config, dtype, quantization)
+            findings += named_for(graph, own)
     losses: list[Finding] = []
     if (weights := subject.weights()) is not None:
         losses = measure_losses(config, checkpoint, weights, steps)
@@ -168,12 +168,13 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         expected = reference(config, checkpoint, weights=weights, extras=extras, graphs=(CANONICAL, *subject.graphs))
     with expected.taken_by(subject.open(num_threads)) as session:
         with steps.step("P2 self-consistency"):
-            findings += consistency_findings(session)
+            findings += asked("P2", lambda: consistency_findings(session))
         with steps.step("P3 routing laws"):
-            findings += law_findings(session) + _laws_of_weights(session, subject.replacement(num_threads))
+            findings += asked("P3", lambda: law_findings(session))
+            findings += asked("P3", lambda: _laws_of_weights(session, subject.replacement(num_threads)))
         with steps.step("P4 agreement with the reference"):
-            compared = compare(session, expected.scenarios)
-            findings += agreement_findings(session, compared)
+            compared: list[Compared] = []
+            findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
         with steps.step("P5 generation"):
             generated = generate_plans(session, expected.plans)
             findings += [judge_generated(one, noise_of(compared)) for one in generated]
@@ -210,15 +211,33 @@ def _evidence(
     }
 
 
+def asked(rung: str, ask: Callable[[], list[Finding]]) -> list[Finding]:
+    """What ``ask`` finds; where a pass can not be done at all, that is the finding, and not the end of the climb."""
+    try:
+        return ask()
+    except BackendError as failure:
+        return [Finding(rung, "every pass can be done", Outcome.FAIL, str(failure).strip())]
+
+
+def _agreement(
+    session: Session, references: Sequence[tuple[Scenario, Sequence[Observation]]], compared: list[Compared]
+) -> list[Finding]:
+    """P4; ``compared`` is given every position, for the rungs behind it."""
+    compared += compare(session, references)
+    return agreement_findings(session, compared)
+
+
 def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_threads: int) -> list[Finding]:
     """P2 to P5 of one derived graph, the canonical one behind it for what it does not serve."""
     with expected.taken_by(subject.open(num_threads, (graph, CANONICAL))) as session:
-        findings = own_consistency_findings(session, graph)
+        findings = asked("P2", lambda: own_consistency_findings(session, graph))
         if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
-            findings += law_findings(session) + _laws_of_weights(session, subject.replacement(num_threads, (graph, CANONICAL)))
+            replacement = subject.replacement(num_threads, (graph, CANONICAL))
+            findings += asked("P3", lambda: law_findings(session) + _laws_of_weights(session, replacement))
         wanted = served(graph, [scenario for scenario, _ in expected.scenarios], subject.config)
-        compared = compare(session, [(scenario, said) for scenario, said in expected.scenarios if scenario in wanted])
-        findings += agreement_findings(session, compared)
+        references = [(scenario, said) for scenario, said in expected.scenarios if scenario in wanted]
+        compared: list[Compared] = []
+        findings += asked("P4", lambda: _agreement(session, references, compared))
         findings += generation_findings(session, expected.plans, noise_of(compared))
         return [*findings, use_finding(session.passes[graph.name])]
 
@@ -230,8 +249,8 @@ def _climb_rounded(subject: Subject, expected: Expectation, num_threads: int) ->
     no more than rounding can. A near-tie that falls the other way is no question any more.
     """
     with expected.taken_by(subject.open(num_threads, exact=False)) as session:
-        compared = compare(session, expected.scenarios)
-        found = [*consistency_findings(session), *law_findings(session), *agreement_findings(session, compared)]
+        found = asked("P2", lambda: consistency_findings(session)) + asked("P3", lambda: law_findings(session))
+        found += asked("P4", lambda: _agreement(session, expected.scenarios, []))
     settled = {Outcome.AMBIGUOUS: Outcome.PASS}
     return [
         replace(one, question=f"{one.question}, activations rounded", outcome=settled.get(one.outcome, one.outcome))
@@ -265,22 +284,22 @@ def climb_session(
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
         most_rows, dtype = session.most_rows, DTYPE_OF_PRECISION[session.precision]
-    asked: list[Finding] = []
+    findings: list[Finding] = []
     if weights is not None:  # the reference reads the bundle's own file: that it holds the checkpoint's weights is asked here
         with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
-            asked = contract_findings(weights.model_file, config, dtype, checkpoint, advance, weights.quantization)
-        asked += measure_losses(config, checkpoint, weights, steps)
+            findings = contract_findings(weights.model_file, config, dtype, checkpoint, advance, weights.quantization)
+        findings += measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, extras)
     with expected.taken_by(open_it()) as session:
         with steps.step("P2 self-consistency"):
-            findings = [*asked, *consistency_findings(session)]
+            findings += asked("P2", lambda: consistency_findings(session))
         with steps.step("P3 routing laws"):
-            findings += law_findings(session)
+            findings += asked("P3", lambda: law_findings(session))
         with steps.step("P4 agreement with the reference"):
-            compared = compare(session, expected.scenarios)
-            findings += agreement_findings(session, compared)
+            compared: list[Compared] = []
+            findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
         with steps.step("P5 generation"):
             generated = generate_plans(session, expected.plans)
             findings += [judge_generated(one, noise_of(compared)) for one in generated]

@@ -1,0 +1,145 @@
+"""Does the gate leave alone what is right? Many bundles without a fault, and every one that it refused.
+
+    .venv/bin/python benchmarks/clean_builds.py --count 200 --json benchmarks/results/clean_builds.json --markdown docs/gate.md
+
+Seeds, sizes, routings, heads, precisions and weights that stand out, drawn from a seed of their own; each is exported and
+verified as ``motrt verify --bisect`` verifies it. A FAIL, or a part over its budget, is a false alarm; AMBIGUOUS is counted
+apart. Leaves with 1 where there was a false alarm.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from motrt.benchmarks.builds import Build, traces_shared
+from motrt.benchmarks.document import leave, machine
+from motrt.benchmarks.planted_faults import put_between
+from motrt.errors import MotrtError
+from motrt.export.bundle_from_checkpoint import QuantizeOptions
+from motrt.export.verification import VerifyOptions, verify_bundle
+from motrt.model_def.config import AdapterExpert, Modality, ModelConfig, RopeConfig, RopeScaling, SwigluExpert
+
+TINY = ModelConfig.tiny()
+TEXT, AUDIO = TINY.modalities
+
+# Every configuration is traced once (some ten seconds), and then shared by all builds of it.
+CONFIGS = {
+    "two modalities": TINY,
+    "shared head": TINY.replace(head="shared"),
+    "tied head, shared attention, norms of q and k": TINY.replace(
+        head="shared", tied_embeddings=True, routed_attention=False, qk_norm=True
+    ),
+    "one modality": TINY.replace(modalities=(TEXT,), head="shared"),
+    "three modalities": TINY.replace(modalities=(TEXT, AUDIO, Modality("picture", 17, SwigluExpert(64, bias=True)))),
+    "equal experts with biases": TINY.replace(
+        modalities=(Modality("text", 96, SwigluExpert(96, bias=True)), Modality("audio", 32, SwigluExpert(96, bias=True)))
+    ),
+    "halves rotated, one layer": TINY.replace(num_layers=1, rope=RopeConfig(theta=10_000.0, style="half")),
+    "scaled rotation, four layers": TINY.replace(num_layers=4, rope=replace(TINY.rope, scaling=RopeScaling())),
+    "wider, more heads": TINY.replace(
+        model_width=128,
+        num_heads=8,
+        num_kv_heads=4,
+        modalities=(Modality("text", 600, SwigluExpert(256)), Modality("audio", 64, AdapterExpert(64, 128), 4, 50.0)),
+    ),
+}
+
+FORMATS: dict[str, tuple[str, QuantizeOptions | None]] = {
+    "fp32": ("fp32", None),
+    "fp16": ("fp16", None),
+    "int8": ("int8", None),
+    "int4": ("int4", None),
+    "int4, zero points": ("int4", QuantizeOptions(symmetric=False)),
+    "int4, head int8": ("int4", QuantizeOptions(parts=("head=int8",))),
+    "int4, blocks of 32": ("int4", QuantizeOptions(block_size=32)),
+    "int8, absmax": ("int8", QuantizeOptions(scales="absmax")),
+}
+
+# What the weights of norms and of the embedding are multiplied by in a few channels, as trained models have them.
+OUTLIERS = (1.0, 1.0, 10.0, 30.0)
+
+
+def drawn(count: int) -> list[tuple[str, str, Build]]:
+    """As many builds as wanted: every configuration in every format first, then by chance."""
+    chance = np.random.default_rng(0)
+    pairs = [(config, kind) for config in CONFIGS for kind in FORMATS]
+    found = []
+    for number in range(count):
+        config, kind = pairs[number % len(pairs)]
+        precision, options = FORMATS[kind]
+        outliers = float(chance.choice(OUTLIERS)) if number >= len(pairs) else 1.0
+        found.append((config, kind, Build(CONFIGS[config], precision, options=options, seed=number, outliers=outliers)))
+    return found
+
+
+def ask(build: Build, folder: Path) -> tuple[str, str, float]:
+    """Verdict, what was wrong, and the largest share of a limit that anything came to."""
+    folder.mkdir()
+    try:
+        report = verify_bundle(build.make(folder), options=VerifyOptions(bisect=True))
+    except MotrtError as refusal:
+        return "REFUSED", str(refusal), float("inf")
+    finally:
+        shutil.rmtree(folder)
+    wrong = [str(one) for one in report.failed]
+    told: dict[str, Any] = report.evidence["bisect"]
+    if told["first"] is not None or told["broken"]:
+        wrong.append(f"bisect: {told['sentence']}")
+    shares = [
+        float(one.figures["relative_l2_max"]) / float(one.figures["limit"])
+        for one in report.findings
+        if "relative_l2_max" in one.figures and "limit" in one.figures
+    ]
+    parts = [float(one["error"]) / float(one["budget"]) for one in told["parts"]]
+    verdict = "FALSE ALARM" if wrong else report.verdict.value
+    return verdict, "; ".join(wrong), max(*shares, *parts)
+
+
+BEGIN, END = "<!-- clean builds -->", "<!-- end of clean builds -->"
+
+
+@click.command()
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write the counts between the marks of this file.")
+def main(count: int, json_file: Path | None, markdown: Path | None) -> None:
+    """Build, verify, count; one JSON document last."""
+    console = Console(stderr=True)
+    torch.set_num_threads(1)
+    told: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, traces_shared():
+        for number, (config, kind, build) in enumerate(track(drawn(count), "build and verify", console=console)):
+            verdict, wrong, share = ask(build, Path(folder) / str(number))
+            told.append(
+                {"config": config, "format": kind, "outliers": build.outliers, "verdict": verdict, "share": round(share, 3)}
+            )
+            if wrong:
+                told[-1]["wrong"] = wrong
+                console.print(f"{config}, {kind}, outliers {build.outliers:g}, seed {build.seed}: {wrong}", markup=False)
+    verdicts = Counter(one["verdict"] for one in told)
+    alarms = [one for one in told if "wrong" in one]
+    if markdown is not None:
+        lines = ["| | builds | PASS | AMBIGUOUS | false alarms | most of a limit |", "|---|---|---|---|---|---|"]
+        for kind in FORMATS:
+            mine = [one for one in told if one["format"] == kind]
+            if mine:
+                counts = Counter(one["verdict"] for one in mine)
+                refused, share = sum("wrong" in one for one in mine), max(one["share"] for one in mine)
+                lines.append(f"| {kind} | {len(mine)} | {counts['PASS']} | {counts['AMBIGUOUS']} | {refused} | {share:.0%} |")
+        put_between(markdown, BEGIN, END, "\n".join(lines))
+    leave({"machine": machine("motrt", "onnxruntime", "torch"), "verdicts": dict(verdicts), "builds": told}, json_file)
+    sys.exit(1 if alarms else 0)
+
+
+if __name__ == "__main__":
+    main()
