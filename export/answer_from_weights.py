@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from motrt.errors import InputError
+from motrt.export.parity.calibration import on_one_thread
 from motrt.export.parity.gate import LARGEST_FLOAT64_REFERENCE
 from motrt.export.streamed_decoder import StreamedDecoder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import parameters
+from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.known_answer import LARGEST_CONDITIONING, KnownAnswer, Question, Said
 from motrt.runtime.session import Session
@@ -34,7 +36,11 @@ SMALLEST_ERRORS = {"fp64": 2.0**-30, "fp32": 2.0**-14}
 
 
 def known_answer(
-    config: ModelConfig, read: Read, precision: str, on_weight: Callable[[int], None] = lambda numel: None
+    config: ModelConfig,
+    read: Read,
+    precision: str,
+    quantization: Quantization | None = None,
+    on_weight: Callable[[int], None] = lambda numel: None,
 ) -> KnownAnswer | None:
     """What the model says to the usual question; None where it says no numbers, which is logged.
 
@@ -42,6 +48,7 @@ def known_answer(
         config: what the bundle computes.
         read: its weights, by the names of ``parameters(config)``; what codes stand for, where there are codes.
         precision: that the bundle computes in: errors as large as its rounding show how much the model amplifies it.
+        quantization: of those weights; a CPU rounds what it multiplies by codes.
         on_weight: told the elements of each weight that is read.
     """
 
@@ -54,33 +61,40 @@ def known_answer(
     own = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
     dtype, error = TORCH_DTYPES[DTYPE_OF_PRECISION[own]], max(SMALLEST_ERRORS[own], UNIT_ROUNDOFF[precision])
     question = Question.usual(config)
-    with TorchSession(StreamedDecoder(config, counted, dtype, error)) as session:
-        said, with_errors = said_twice(session, question)
+    # One thread: the answer does not depend on the number of cores, and threads that wait for each other after every piece of
+    # codes cost more than they save.
+    blocks = {} if quantization is None else quantization.activation_blocks(config)
+    with on_one_thread(), TorchSession(StreamedDecoder(config, counted, dtype, error, blocks)) as session:
+        said, with_errors, rounded = said_thrice(session, question)
     try:
         answer = KnownAnswer.of(question, said, config, f"torch {torch.__version__}, {own}")
     except InputError as failure:
         logger.warning("the bundle carries no known answer, PyTorch itself gets no numbers from this model: %s", failure)
         return None
     conditioning = _worst(question, said, with_errors, config) / (error * _root_of_roundings(config))
-    return replace(answer, conditioning=min(max(1.0, conditioning), LARGEST_CONDITIONING))
+    return replace(
+        answer,
+        conditioning=min(max(1.0, conditioning), LARGEST_CONDITIONING),
+        rounded_activations=_worst(question, said, rounded, config) if blocks else None,
+    )
 
 
-def said_twice(session: Session, question: Question) -> tuple[Said, Said]:
-    """The answer by a single pass over prompts and steps together, of two batches of the same rows.
+def said_thrice(session: Session, question: Question) -> tuple[Said, Said, Said]:
+    """The answer by a single pass over prompts and steps together, of three batches of the same rows.
 
     Rows that are shorter are padded with their last id.
     """
     config, num_steps, width = session.config, len(question.steps), question.num_positions
-    rows = [(*prompt, *(step[row] for step in question.steps)) for row, prompt in enumerate(question.prompts)] * 2
+    rows = [(*prompt, *(step[row] for step in question.steps)) for row, prompt in enumerate(question.prompts)] * 3
     ids = np.array([[*row, *[row[-1]] * (width - len(row))] for row in rows], dtype=np.int64)
     count = len(question.prompts)
     wanted = [
         (first + row) * width + len(question.prompts[row]) - 1 + step
-        for first in (0, count)
+        for first in (0, count, 2 * count)
         for step in range(num_steps + 1)
         for row in range(count)
     ]
-    predicted = [config.modality_index(name) for names in question.predicted for name in names] * 2
+    predicted = [config.modality_index(name) for names in question.predicted for name in names] * 3
     inputs = StepInputs(
         input_ids=ids,
         modality_mask=modality_of_ids(ids, config),
@@ -90,7 +104,8 @@ def said_twice(session: Session, question: Question) -> tuple[Said, Said]:
     )
     logits = session.run(inputs, session.new_cache(len(rows), width))
     parts = [logits[start : start + count] for start in range(0, len(wanted), count)]
-    return parts[: num_steps + 1], parts[num_steps + 1 :]
+    passes = num_steps + 1
+    return parts[:passes], parts[passes : 2 * passes], parts[2 * passes :]
 
 
 def _worst(question: Question, said: Said, other: Said, config: ModelConfig) -> float:

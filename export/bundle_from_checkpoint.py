@@ -234,7 +234,7 @@ class _Work:
             read = QuantizedWeights(folder / MODEL_FILE, self.config, self.quantization).read
         total = sum(one.numel for one in parameters(self.config))
         with self.steps.step("known answer", total, "parts") as advance:
-            return known_answer(self.config, read, self.precision, advance)
+            return known_answer(self.config, read, self.precision, self.quantization, advance)
 
     def build_engines(self, folder: Path, options: EngineOptions) -> tuple[EngineRecord, ...]:
         return tuple(

@@ -3,14 +3,19 @@
 For one pass through a model that memory should not hold: a pass costs what reading all weights costs, so nobody would
 generate with it. What it computes is the decoder's own: the same code runs.
 
-On the way it can tell how much the model amplifies rounding (Monte Carlo arithmetic; Parker 1997): of a batch whose second half
-repeats its first, the second half is given random errors behind every product, norm and lookup. What has become of them at the
-end is the difference between the halves.
+On the way it can tell what rounding makes of the model, of a batch that holds the same rows three times:
+
+- the first third is computed as it is;
+- the second is given random errors behind every product, norm and lookup (Monte Carlo arithmetic; Parker 1997), which shows how
+  much the model amplifies them;
+- the third has its activations rounded to 8 bits before products with codes, as a CPU's fast kernels have it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from motrt.model_def.config import ModelConfig
@@ -26,13 +31,16 @@ class StreamedDecoder(Decoder):
         config: what to build.
         read: gives the tensor of a name of ``parameters(config)``.
         dtype: of weights, activations and cache.
-        error: the relative error, one way or the other, that values of the second half are given; 0: none.
+        error: the relative error, one way or the other, that values of the second third are given; 0: none.
+        blocks: by the weight that they are multiplied by, how many activations of the third third share a scale.
     """
 
-    def __init__(self, config: ModelConfig, read: Read, dtype: torch.dtype, error: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, read: Read, dtype: torch.dtype, error: float = 0.0, blocks: Mapping[str, int] | None = None
+    ) -> None:
         with torch.device("meta"):
             super().__init__(config)
-        self._read, self._dtype, self._error = read, dtype, error
+        self._read, self._dtype, self._error, self._blocks = read, dtype, error, dict(blocks or {})
         self._chance = torch.Generator().manual_seed(0)
         nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         for name, module in list(self.named_modules()):
@@ -48,9 +56,10 @@ class StreamedDecoder(Decoder):
         """Have the weights of ``module`` read before it is used, and dropped behind."""
         is_used_again = self.config.tied_embeddings and module is self.tok_embeddings
 
-        def fetch(module: nn.Module, arguments: Any) -> None:
+        def fetch(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
             for leaf in leaves:
                 setattr(module, leaf, nn.Parameter(self._weight(f"{name}.{leaf}"), requires_grad=False))
+            return (self._rounded(arguments[0], f"{name}.weight"),)
 
         def drop(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
             for leaf in leaves if not is_used_again else ():
@@ -63,13 +72,28 @@ class StreamedDecoder(Decoder):
     def _weight(self, name: str) -> Tensor:
         return self._read(name).to(self._dtype)
 
+    # Rows keep their order on every route, so a third of any module's rows is that third of the batch.
+
     def _with_errors(self, output: Tensor) -> Tensor:
-        """Rows keep their order on every route, so the second half of any module's rows is that of the batch."""
         if self._error:
-            half = output[len(output) // 2 :]
-            signs = 2 * torch.randint(2, half.shape, generator=self._chance, dtype=half.dtype) - 1
-            half *= 1 + self._error * signs
+            part = output[len(output) // 3 : 2 * len(output) // 3]
+            signs = 2 * torch.randint(2, part.shape, generator=self._chance, dtype=part.dtype) - 1
+            part *= 1 + self._error * signs
         return output
+
+    def _rounded(self, x: Tensor, weight: str) -> Tensor:
+        """``x`` [rows, width], its last third as the product with ``weight`` takes it on a CPU."""
+        if weight not in self._blocks:
+            return x
+        exact, last = x[: 2 * len(x) // 3], x[2 * len(x) // 3 :]
+        block, width = self._blocks[weight], x.shape[1]
+        blocks = F.pad(last, (0, -width % block)).view(-1, block)  # [rows, width] -> [rows * blocks, block]
+        scales = (blocks.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+        found = ((blocks / scales).round() * scales).view(len(last), -1)  # [rows * blocks, block] -> [rows, width]
+        return torch.cat([exact, found[:, :width]])
+
+    def logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
+        return super().logits(self._rounded(hidden, SHARED_HEAD), head_mask)
 
     def _shared_head(self) -> Tensor:
         """Used as a matrix and not as a module, so no hook reads it."""

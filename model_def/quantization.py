@@ -224,8 +224,14 @@ class Quantization:
 
         Its kernels round activations to 8 bits in the weights' own blocks (and take one scale per output as blocks of 32).
         """
-        products = [how for how in self._multiplied(config) if how.stored in ("int8", "int4")]
-        return max((how.block_size or SMALLEST_FUSED_BLOCK for how in products), default=None)
+        return max(self.activation_blocks(config).values(), default=None)
+
+    def activation_blocks(self, config: ModelConfig) -> dict[str, int]:
+        """The same by weight, for those that are multiplied so."""
+        coded = [
+            one for one in self.coded_weights(parameters(config)) if not one.is_table and one.how.stored in ("int8", "int4")
+        ]
+        return {part.name: one.how.block_size or SMALLEST_FUSED_BLOCK for one in coded for part in one.parts}
 
     def multiplies(self, stored: Stored, config: ModelConfig) -> bool:
         """Whether any product is over codes of this type."""

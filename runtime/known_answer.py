@@ -6,8 +6,7 @@ takes minutes and the checkpoint. What is asked goes through ``prefill`` and ``d
 together, and each by itself, since kernels and engines differ by the number of rows.
 
 The answer is the reference's (``export/answer_from_weights.py``), not what some session once said. So a session may be away
-from it as far as the parity gate lets it: ``tolerances.limit_of``, as much wider as the model amplifies rounding. Two measures
-are held against that limit:
+from it as far as the parity gate lets it, or less: see ``allowed``. Two measures are held against that limit:
 
 - the relative L2 error over the ids that are stored. Where they are a sample of the modality's, the estimate scatters: k
   squares of independent normal errors sum to a chi-squared of k degrees of freedom. For k = 32 their mean is above 4 times its
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 from motrt.errors import InputError, ParityError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Logits, Session
-from motrt.runtime.tolerances import limit_of
+from motrt.runtime.tolerances import SAFETY, limit_of, relative_l2_limit
 from motrt.runtime.versions import installed_versions, version_differences
 
 logger = logging.getLogger(__name__)
@@ -183,6 +182,8 @@ class KnownAnswer:
         reference: what answered, for people.
         conditioning: how many times more than usual the model amplifies rounding, found at the export; 1: no more. The limit
             is so much wider.
+        rounded_activations: the largest relative error of a row where products with codes round their activations to 8 bits, as
+            a CPU's do; None where there are no codes.
 
     Raises:
         InputError: when it is none.
@@ -194,6 +195,7 @@ class KnownAnswer:
     rms: tuple[tuple[float, ...], ...]
     reference: str
     conditioning: float = 1.0
+    rounded_activations: float | None = None
 
     def __post_init__(self) -> None:
         raise_all(InputError, "this is no answer:", self._problems())
@@ -221,6 +223,9 @@ class KnownAnswer:
             problems.append("norms must be numbers that are not negative")
         if not (_is_number(self.conditioning) and 1 <= self.conditioning <= LARGEST_CONDITIONING):
             problems.append(f"conditioning must be in 1..{LARGEST_CONDITIONING:g} ({self.conditioning!r} came)")
+        rounded = self.rounded_activations
+        if rounded is not None and not (_is_number(rounded) and rounded >= 0):
+            problems.append(f"rounded_activations must be a number that is not negative, or nothing ({rounded!r} came)")
         return problems
 
     def problems_of(self, config: ModelConfig) -> list[str]:
@@ -271,6 +276,7 @@ class KnownAnswer:
             "rms": [list(rows) for rows in self.rms],
             "reference": self.reference,
             "conditioning": self.conditioning,
+            "rounded_activations": self.rounded_activations,
         }
 
     @classmethod
@@ -279,7 +285,8 @@ class KnownAnswer:
         question = Question(_nested(values["prompts"]), _nested(values["steps"]), _nested(values["predicted"]))
         ids = {str(name): tuple(ids) for name, ids in values["ids"].items()}
         logits = tuple(_nested(rows) for rows in values["logits"])
-        return cls(question, ids, logits, _nested(values["rms"]), str(values["reference"]), values["conditioning"])
+        rms, reference = _nested(values["rms"]), str(values["reference"])
+        return cls(question, ids, logits, rms, reference, values["conditioning"], values["rounded_activations"])
 
 
 def _nested(values: Any) -> tuple[tuple[Any, ...], ...]:
@@ -381,6 +388,19 @@ def _error(config: ModelConfig, answer: KnownAnswer, name: str, came: Logits, ex
     return max(_rms(came[ids].astype(np.float64) - expected) / unit / room, abs(_rms(inside) - rms) / unit)
 
 
+def allowed(session: Session, answer: KnownAnswer) -> float:
+    """The largest error that ``session`` may make.
+
+    Where it rounds activations to 8 bits, what that does to this very question is known. Other kernels cut other blocks and
+    break ties otherwise: ``SAFETY`` times as much is allowed, and never more than rounding can do at worst.
+    """
+    limit = limit_of(session) * answer.conditioning
+    if session.activation_block is None or answer.rounded_activations is None:
+        return limit
+    own = relative_l2_limit(session.config, session.precision) * answer.conditioning
+    return min(limit, own + SAFETY * answer.rounded_activations)
+
+
 def check_answer(session: Session, answer: KnownAnswer, made_with: Mapping[str, str]) -> None:
     """Refuse a session that does not give the known answer.
 
@@ -394,7 +414,7 @@ def check_answer(session: Session, answer: KnownAnswer, made_with: Mapping[str, 
             the export. The ``report`` attribute holds every difference.
     """
     started = time.perf_counter()
-    limit, found = limit_of(session) * answer.conditioning, differences(session, answer)
+    limit, found = allowed(session, answer), differences(session, answer)
     worst = max(found, key=lambda one: one.error)
     seconds = time.perf_counter() - started
     logger.info("known answer of %s: %s, limit %.3g, %.1f ms", session.backend, worst, limit, 1e3 * seconds)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from motrt.errors import ParityError
-from motrt.export.answer_from_weights import known_answer, said_twice
+from motrt.export.answer_from_weights import known_answer, said_thrice
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.streamed_decoder import StreamedDecoder
 from motrt.model_def.config import ModelConfig
@@ -19,7 +19,7 @@ from motrt.model_def.head_surgery import Read
 from motrt.model_def.initialize import random_tensors
 from motrt.model_def.parameters import parameters
 from motrt.runtime.bundle import open_bundle
-from motrt.runtime.known_answer import LARGEST_CONDITIONING, KnownAnswer, Question, check_answer, differences
+from motrt.runtime.known_answer import LARGEST_CONDITIONING, KnownAnswer, Question, allowed, check_answer, differences
 from motrt.runtime.load import load
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
@@ -104,16 +104,19 @@ def test_models_of_few_positions_have_an_answer(name: str, length: int) -> None:
         check_answer(session, answer_to(config, read, session.precision), {})
 
 
-def test_the_errors_that_are_added_reach_the_second_half_alone() -> None:
-    read, question = weights_of(TINY), Question.usual(TINY)
-    plain = TorchSession(StreamedDecoder(TINY, read, torch.float64))
-    disturbed = TorchSession(StreamedDecoder(TINY, read, torch.float64, error=1e-3))
-    (one, same), (said, with_errors) = said_twice(plain, question), said_twice(disturbed, question)
-    for parts in zip(one, same, said, with_errors, strict=True):
-        expected, again, came, spoilt = (torch.from_numpy(part).nan_to_num(neginf=0.0) for part in parts)
-        torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(came, expected, rtol=1e-12, atol=1e-12)
-        assert 1e-4 < float((spoilt - expected).norm() / expected.norm()) < 1e-1
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_errors_that_are_added_reach_their_own_third_alone(name: str) -> None:
+    config, read = CONFIGS[name], weights_of(CONFIGS[name])
+    question = Question.usual(config)
+    blocks = {one.name: 16 for one in parameters(config) if len(one.shape) == 2 and one.part != "embedding"}
+    plain = said_thrice(TorchSession(StreamedDecoder(config, read, torch.float64)), question)
+    disturbed = said_thrice(TorchSession(StreamedDecoder(config, read, torch.float64, 1e-3, blocks)), question)
+    for parts in zip(*plain, *disturbed, strict=True):
+        expected, second, third, came, with_errors, rounded = (torch.from_numpy(one).nan_to_num(neginf=0.0) for one in parts)
+        for same in (second, third, came):
+            torch.testing.assert_close(same, expected, rtol=1e-12, atol=1e-12)
+        for spoilt in (with_errors, rounded):
+            assert 1e-4 < float((spoilt - expected).norm() / expected.norm()) < 1e-1
 
 
 @pytest.mark.parametrize("name", ["tiny", "one", "tied", "shared"])
@@ -130,7 +133,7 @@ def test_weights_are_read_once_and_let_go_of(name: str) -> None:
         alive.append(weakref.ref(value))
         return value
 
-    answer = known_answer(config, read, "fp32", counted.append)
+    answer = known_answer(config, read, "fp32", on_weight=counted.append)
     assert answer is not None
     assert len(counted) == len(parameters(config)) and sum(counted) == sum(one.numel for one in parameters(config))
     assert most <= (2 if config.tied_embeddings else 1)  # a bias is read while its weight is held
@@ -214,13 +217,26 @@ def test_the_weights_of_another_seed_are_refused(precision: str, make_bundle: Ma
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_activations_of_8_bits_are_allowed_what_they_do_to_this_question_and_not_what_they_could(
+    precision: str, make_bundle: MakeBundle
+) -> None:
+    answer = stored(make_bundle(TINY, precision))
+    assert answer.rounded_activations is not None
+    with load(make_bundle(TINY, precision)) as session:
+        assert answer.rounded_activations / 2 < worst(session, answer) < 2 * answer.rounded_activations
+        assert allowed(session, answer) < limit_of(session)  # far less in blocks of 128, that tiny models have no room for
+        assert allowed(session, replace(answer, rounded_activations=1e9)) == limit_of(session)
+    assert stored(make_bundle(TINY)).rounded_activations is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize(
     "fault", ["head's mask flipped", "wrong rotation", "newest key hidden", "cache off by one, a stale slot"]
 )
 def test_gross_faults_are_heard_through_activations_of_8_bits(
     fault: str, precision: str, make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
-    """Rounding of activations is allowed a tenth of a row's norm here: what is smaller, the ladder alone can tell."""
+    """What is smaller than a few times the rounding, the ladder alone can tell."""
     bundle = open_bundle(make_bundle(TINY, precision))
     model = load_whole(bundle.path)
     P4_FAULTS[fault][1](model)

@@ -346,6 +346,9 @@ ABSURD: dict[str, tuple[Callable[[dict[str, Any], Any], None], Any]] = {
     "a limit wide enough for anything": (set_at("conditioning"), 1e9),
     "a limit that is none": (set_at("conditioning"), float("nan")),
     "a limit too narrow": (set_at("conditioning"), 0.5),
+    "rounding that is not a number": (set_at("rounded_activations"), float("nan")),
+    "rounding below zero": (set_at("rounded_activations"), -0.1),
+    "rounding that is a word": (set_at("rounded_activations"), "little"),
 }
 
 
