@@ -3,16 +3,14 @@
     serve run motrt.serve.ray:app bundle=BUNDLE replicas=2
     python -m motrt.serve.ray BUNDLE --replicas 2
 
-Each replica is a process with a session and an engine of its own; requests that reach it share its batch. Ray sends a request to
-the replica with fewer ongoing ones, replaces a replica whose engine is broken, and lets one that has to go finish what it began.
-Over HTTP a request is one JSON object (``plain_request``), and the answer one JSON object a line, as tokens come. A handle gives
-the same objects: ``handle.options(stream=True).stream.remote({"prompt": [1, 2, 3]})``.
-
-Who may ask is not known here: put this behind something that knows.
+Each replica is a process with a session and an engine of its own; requests that reach it share its batch. Ray sends a request
+to the replica with fewer ongoing ones, replaces a replica whose engine is broken, and lets one that has to go finish what it
+began. Over HTTP every replica speaks what ``motrt serve`` speaks (``app``), with its keys and limits; what a limit counts, each
+replica counts by itself. A handle gives plain objects (``plain_request``):
+``handle.options(stream=True).stream.remote({"prompt": [1, 2, 3]})``.
 """
 
 import argparse
-import json
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,16 +19,15 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from motrt.errors import BusyError, EngineClosedError, InputError, MotrtError, raise_all
-from motrt.runtime.decoding import Step
-from motrt.runtime.engine import EngineOptions
+from motrt.errors import InputError, MotrtError, raise_all
+from motrt.serve.app import create_app
+from motrt.serve.options import ServeOptions
 from motrt.serve.plain_request import plain_step, submit_options
 from motrt.serve.replica import Replica
 
-STATUS_OF_ERROR = {InputError: 400, BusyError: 429, EngineClosedError: 503}
+# Longer than the app's own drain, so that a replica ends what is left itself, before Ray kills it.
+GOODBYE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,14 @@ class RaySettings:
     Attributes:
         bundle: its folder, where each machine finds it.
         replicas: at least so many.
-        most_replicas: at most so many, while more than ``target_requests`` go on in each; the same as ``replicas``: no autoscaling.
+        most_replicas: at most so many, while more than ``target_requests`` go on in each; 0: ``replicas``, no autoscaling.
         target_requests: ongoing requests per replica, waiting ones included, that autoscaling aims for; 0: ``max_batch``.
         backend: as of ``motrt.load``.
         threads: for products, per replica; 0: one per core. Several replicas on a machine should share its cores.
         cpus: that Ray reserves per replica.
         gpus: likewise.
+        model_name: as of ``ServeOptions``.
+        api_key_file: likewise, on each machine; empty: no key is asked for.
         max_batch: as of ``EngineOptions``.
         max_queue: likewise.
         drain_seconds: how long a replica that has to go may finish what it began.
@@ -60,8 +59,10 @@ class RaySettings:
     threads: int = 0
     cpus: float = 1.0
     gpus: float = 0.0
-    max_batch: int = EngineOptions.max_batch
-    max_queue: int = EngineOptions.max_queue
+    model_name: str = ServeOptions.model_name
+    api_key_file: str = ""
+    max_batch: int = ServeOptions.max_batch
+    max_queue: int = ServeOptions.max_queue
     drain_seconds: float = 60.0
     health_seconds: float = 5.0
 
@@ -77,7 +78,7 @@ class RaySettings:
         if 0 < self.most_replicas < self.replicas:
             problems.append(f"most_replicas must be at least replicas ({self.most_replicas} and {self.replicas} came)")
         raise_all(InputError, "settings for Ray:", problems)
-        self.engine_options()
+        self.serve_options()
 
     @classmethod
     def from_words(cls, words: Mapping[str, str]) -> "RaySettings":
@@ -89,21 +90,29 @@ class RaySettings:
         kinds: dict[str, Any] = {
             one.name: {"str": str, "int": int, "float": float}[str(_name_of(one.type))] for one in fields(cls)
         }
-        problems, values = [], {}
-        for name, word in words.items():
-            try:
-                values[name] = kinds[name](word)
-            except KeyError:
-                problems.append(f"{name!r} is not known: there are {', '.join(kinds)}")
-            except (TypeError, ValueError):
-                problems.append(f"{name} must be of type {kinds[name].__name__} ({word!r} came)")
+        problems = [f"{name!r} is not known: there are {', '.join(kinds)}" for name in words if name not in kinds]
+        known = {name: word for name, word in words.items() if name in kinds}
+        problems += [
+            f"{name} must be of type {kinds[name].__name__} ({word!r} came)"
+            for name, word in known.items()
+            if not _is_of(kinds[name], word)
+        ]
         if "bundle" not in words:
             problems.append("no bundle is named: bundle=FOLDER")
         raise_all(InputError, "settings for Ray:", problems)
-        return cls(**values)
+        return cls(**{name: kinds[name](word) for name, word in known.items()})
 
-    def engine_options(self) -> EngineOptions:
-        return EngineOptions(max_batch=self.max_batch, max_queue=self.max_queue)
+    def serve_options(self) -> ServeOptions:
+        """What the application of each replica allows."""
+        return ServeOptions(
+            model_name=self.model_name,
+            max_batch=self.max_batch,
+            max_queue=self.max_queue,
+            drain_seconds=self.drain_seconds,
+            api_key_file=Path(self.api_key_file) if self.api_key_file else None,
+            backend=self.backend,
+            threads=self.threads,
+        )
 
     def deployment_options(self) -> dict[str, Any]:
         """The same in Ray's words."""
@@ -125,7 +134,15 @@ class RaySettings:
 
 
 def _name_of(kind: Any) -> str:
-    return kind if isinstance(kind, str) else kind.__name__
+    return kind if isinstance(kind, str) else str(kind.__name__)
+
+
+def _is_of(kind: Any, word: str) -> bool:
+    try:
+        kind(word)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class BundleServer:
@@ -133,7 +150,7 @@ class BundleServer:
 
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
-        self.replica = Replica(settings.bundle, settings.backend, settings.threads, settings.engine_options())
+        self.replica = Replica(settings.bundle, settings.backend, settings.threads, settings.serve_options().engine())
 
     def check_health(self) -> None:
         """Asked by Ray every ``health_seconds``; what is raised here has the replica replaced."""
@@ -145,48 +162,23 @@ class BundleServer:
             self.replica.close()
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """A plain request's steps, as they come. Whoever stops listening has it cancelled."""
+        """A plain request's steps, as they come; the first says who answers. Whoever stops listening has it cancelled."""
         async for step in self.replica.engine.stream(**submit_options(request)):
-            yield self._told(step)
+            yield plain_step(step) | ({"process": os.getpid()} if step.index == 0 else {})
 
-    async def __call__(self, request: Request) -> Response:
-        """The same over HTTP: POST an object; lines of objects come back. GET: whether this replica serves."""
-        try:
-            if request.method == "GET":
-                self.replica.check()
-                return JSONResponse({"status": "ready"})
-            steps = self.replica.engine.submit(**submit_options(await _json_of(request))).events()
-        except (InputError, BusyError, EngineClosedError) as failure:
-            status = next(status for kind, status in STATUS_OF_ERROR.items() if isinstance(failure, kind))
-            return JSONResponse(_told_error(failure), status_code=status)
-        return StreamingResponse(self._lines(steps), media_type="application/x-ndjson")
-
-    async def _lines(self, steps: AsyncIterator[Step]) -> AsyncIterator[str]:
-        try:
-            async for step in steps:
-                yield json.dumps(self._told(step)) + "\n"
-        except MotrtError as failure:  # the status is sent already: the last line says it
-            yield json.dumps(_told_error(failure)) + "\n"
-
-    def _told(self, step: Step) -> dict[str, Any]:
-        """The first step says besides who answers."""
-        return plain_step(step) | ({"process": os.getpid()} if step.index == 0 else {})
-
-
-async def _json_of(request: Request) -> Any:
-    try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError) as failure:
-        raise InputError(f"the body must be one JSON object ({failure})") from None
-
-
-def _told_error(failure: MotrtError) -> dict[str, str]:
-    return {"error": type(failure).__name__, "message": str(failure)}
+    def __serve_build_asgi_app__(self) -> Any:
+        """Asked by Ray once per replica: the application over this replica's engine, ready."""
+        app = create_app(self.replica.engine, self.settings.serve_options())
+        app.state.service.start()
+        app.state.service.wait()
+        return app
 
 
 def application(settings: RaySettings) -> Application:
     """What ``serve.run`` takes."""
-    return serve.deployment(BundleServer, name="motrt").options(**settings.deployment_options()).bind(settings)
+    deploy = serve.deployment(name="motrt", **settings.deployment_options())
+    deployed: Application = deploy(serve.ingress()(BundleServer)).bind(settings)
+    return deployed
 
 
 def app(words: dict[str, str]) -> Application:

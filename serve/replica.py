@@ -70,7 +70,7 @@ class Replica:
 
 
 def open_proven(bundle: str | Path, backend: str = "auto", threads: int = 0) -> Session:
-    """A session that gave the bundle's known answer; of a bundle that carries none, a session whose files have the right sizes."""
+    """A session that gave the bundle's known answer; of a bundle that carries none, one whose files have the right sizes."""
     check = "size" if open_bundle(bundle).manifest.answer is None else "answer"
     if check == "size":
         logger.warning("%s carries no known answer, so this session is not asked for it: export it again", bundle)

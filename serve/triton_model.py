@@ -1,7 +1,7 @@
 """The model ``motrt_generate`` inside Triton's Python backend: each request's tokens are sent as they come.
 
-Triton's own module, ``triton_python_backend_utils``, exists inside Triton alone, so it is imported when Triton calls. ``execute``
-hands requests to the engine and returns: whatever Triton brings meanwhile joins the same batch.
+Triton's own module, ``triton_python_backend_utils``, exists inside Triton alone, so it is imported when Triton calls.
+``execute`` hands requests to the engine and returns: whatever Triton brings meanwhile joins the same batch.
 """
 
 import json

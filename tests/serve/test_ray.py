@@ -60,7 +60,7 @@ def handle(bundle: Path) -> Iterator[Any]:
         words = {"bundle": str(bundle), "replicas": "2", "threads": "1", "cpus": "0.1", "health_seconds": "1"}
         yield serve.run(app(words))
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call, unused-ignore]
         ray.shutdown()
 
 
@@ -85,17 +85,25 @@ def test_both_replicas_say_what_one_session_says_alone(handle: Any, alone: list[
         assert [first["token_id"], *(step["token_id"] for step in steps)] == alone
 
 
-def test_lines_over_http_are_the_same_and_what_is_wrong_is_400(handle: Any, alone: list[int]) -> None:
-    def post(values: Any) -> list[dict[str, Any]]:
-        request = urllib.request.Request(f"http://127.0.0.1:{PORT}/", json.dumps(values).encode())
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return [json.loads(line) for line in answer]
+def post(values: Any) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/completions", json.dumps(values).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return bytes(answer.read())
 
-    assert [step["token_id"] for step in post(REQUEST)] == alone
+
+def test_completions_over_http_are_the_servers_own_and_say_the_same(handle: Any, alone: list[int]) -> None:
+    pieces = post({**REQUEST, "model": "motrt", "stream": True}).decode().strip().split("\n\n")
+    assert pieces[-1] == "data: [DONE]" and len(pieces) > TOKENS / 2
+    events = [json.loads(piece.removeprefix("data: ")) for piece in pieces[:-1]]
+    assert [token for event in events for token in event["choices"][0]["token_ids"]] == alone
+    assert json.loads(post({**REQUEST, "model": "motrt"}))["choices"][0]["token_ids"] == alone
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health/ready", timeout=30) as answer:
+        assert answer.status == 200
     with pytest.raises(urllib.error.HTTPError) as refused:
-        post({"prompt": [1], "colour": "red"})
-    with refused.value as answer:
-        assert answer.code == 400 and "colour" in json.loads(answer.read())["message"]
+        post({"model": "motrt", "prompt": [1], "colour": "red"})
+    with refused.value as told:
+        assert told.code == 400 and "colour" in told.read().decode()
 
 
 def test_a_replica_that_is_killed_takes_only_its_own_streams_with_it(handle: Any, alone: list[int]) -> None:
