@@ -46,8 +46,8 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
 
     Returns:
         ``kind`` and, as far as the kind has them: ``config``, ``parameters`` (by part and modality), ``bytes_read_per_step``
-        (by modality), ``dtype``, ``health``, ``files`` (with hashes), ``operators``, ``parity``, ``tensors``, and ``note``:
-        what could not be told, and why.
+        (by modality), ``dtype``, ``health``, ``files`` (with hashes), ``operators``, ``parity``, ``answer``, ``tensors``, and
+        ``note``: what could not be told, and why.
 
     Raises:
         InputError: when nothing is there, or it is nothing that motrt knows.
@@ -162,6 +162,7 @@ def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
         "source": dict(manifest.source),
         "versions": dict(manifest.versions),
         "parity": None if manifest.parity is None else dict(manifest.parity),
+        "answer": None if manifest.answer is None else manifest.answer.to_dict(),
     }
 
 

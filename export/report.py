@@ -281,6 +281,8 @@ def _overview(found: Mapping[str, Any]) -> Table:
     if "parity" in found:
         parity = found["parity"]
         rows.append(("parity", f"{parity['verdict']}, {parity['backend']}" if parity else "not verified"))
+    if "answer" in found:
+        rows.append(("known answer", f"of {found['answer']['reference']}" if found["answer"] else "none"))
     return table("what it is", ["", ""], rows)
 
 

@@ -123,6 +123,7 @@ def test_a_bundle(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     assert found["operators"]["Attention"] == TINY.num_layers
     assert [one["name"] for one in found["signature"]["inputs"]][:2] == ["input_ids", "modality_mask"]
     assert found["parity"] is None and found["health"]["problems"] == []
+    assert found["answer"]["reference"].startswith("torch ")
     assert Path(found["source"]["path"]) == tiny_checkpoint.resolve()
     assert {one["name"] for one in found["files"]} == {"model.onnx", "model.onnx.data"}
 

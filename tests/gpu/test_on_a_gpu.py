@@ -48,6 +48,10 @@ def test_it_climbs_the_ladder(backend: str, bundle: Path) -> None:
     assert [str(one) for one in report.findings if one.outcome is Outcome.FAIL] == []
 
 
+def test_it_gives_the_known_answer(backend: str, bundle: Path) -> None:
+    load(bundle, backend, "answer").close()
+
+
 def test_auto_takes_a_gpu(backend: str, bundle: Path) -> None:
     with load(bundle) as session:
         assert "CPU" not in session.backend
