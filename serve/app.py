@@ -65,7 +65,9 @@ def create_app(source: Engine | Loader, options: ServeOptions | None = None) -> 
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="motrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's own telemetry would make a second span of each request; its older versions do not know the word, nor mind it.
+    quiet: Any = {"telemetry": {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}}
+    app = FastAPI(title="motrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, **quiet)
     app.state.service = service
     app.add_middleware(Guard, options=options, keys=keys, refused=metrics.refused)
     app.add_middleware(Recorder, responded=metrics.responded)
