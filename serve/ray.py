@@ -187,7 +187,7 @@ def app(words: dict[str, str]) -> Application:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """For ``python -m motrt.serve.ray``: serve until interrupted."""
+    """For ``python -m motrt.serve.ray``: serve until interrupted, then let replicas finish what they began."""
     parser = argparse.ArgumentParser(prog="python -m motrt.serve.ray", description="Serve a bundle with Ray Serve.")
     parser.add_argument("bundle", help="its folder; the same on every machine")
     for one in fields(RaySettings)[1:]:
@@ -201,7 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         served = itself.app(words)
     except MotrtError as failure:
         parser.error(str(failure))
-    serve.run(served, blocking=True)
+    try:
+        serve.run(served, blocking=True)
+    except KeyboardInterrupt:
+        end: Any = serve.shutdown  # Ray gives it no types
+        end()
 
 
 if __name__ == "__main__":

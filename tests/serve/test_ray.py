@@ -20,14 +20,6 @@ from motrt.model_def.config import ModelConfig
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'motrt[ray]'")
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'motrt[ray]'")
 
-# Ray's own, when it is imported, leaves sockets to the collector, and closes a log when it shuts down.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
-    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
-]
-
 PORT = 18327
 TOKENS = 600
 REQUEST = {"prompt": [1, 2, 3], "schedule": "interleave:text=5,audio=8", "max_tokens": TOKENS, "temperature": 0.9, "seed": 11}
@@ -135,10 +127,10 @@ def test_settings_are_read_from_words_and_every_wrong_one_is_named() -> None:
         RaySettings("b", replicas=0, cpus=-1)
 
 
-def test_a_broken_engine_fails_the_health_check(tiny_bundle: Path) -> None:
+def test_a_broken_engine_fails_the_health_check(bundle: Path) -> None:
     from motrt.serve.ray import BundleServer, RaySettings
 
-    server = BundleServer(RaySettings(str(tiny_bundle), threads=1))
+    server = BundleServer(RaySettings(str(bundle), threads=1))
     server.check_health()
     server.replica.engine.failure = "3 steps in a row failed"
     with pytest.raises(EngineClosedError, match="3 steps"):
