@@ -257,8 +257,9 @@ function lost(sentence) {
   at("about").textContent = sentence;
 }
 function show(found) {
-  if (!facts || facts.model !== found.model) introduce(found);
+  const isNew = !facts || facts.model !== found.model;
   facts = found;
+  if (isNew) introduce(found);
   const { state, options } = found;
   at("about").textContent = `${found.model} · ${found.weights} · ${found.backend}`;
   at("ready").textContent = found.ready ? "ready" : found.reason;

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,16 @@ from motrt.serve.page import BODY, SCRIPT, page
 from motrt.tests.serve.served import Serve, eventually
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# The protocol wants descriptors 3 and 4, whatever numbers the pipes have here.
+LAUNCH = """
+import os, sys
+kept = [os.dup(int(one)) for one in sys.argv[1:3]]
+while min(kept) < 5:
+    kept = [os.dup(one) for one in kept]
+os.dup2(kept[0], 3), os.dup2(kept[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 
 
@@ -82,9 +93,8 @@ def started(profile: Path) -> Iterator[Browser]:
     reads, to_write = os.pipe()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     options += ["--remote-debugging-pipe", f"--user-data-dir={profile}"]
-    # The protocol wants descriptors 3 and 4, whatever numbers the pipes have here.
-    command = ["sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}', str(CHROMIUM), *options]
-    process = subprocess.Popen(command, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launched = [sys.executable, "-c", LAUNCH, str(to_read), str(to_write), str(CHROMIUM), *options]
+    process = subprocess.Popen(launched, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(to_read)
     os.close(to_write)
     try:
