@@ -144,6 +144,7 @@ dd small { font-size: .85rem; font-weight: 400; color: var(--soft); }
   .fields { grid-template-columns: 1fr 1fr; }
   .fields fieldset { grid-column: 1 / -1; }
   .segments span { padding: 0 .4rem; }
+  #shortcut { display: none; }
   .buttons button { flex: 1; padding: 0 .6rem; white-space: nowrap; }
 }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; scroll-behavior: auto !important; } }
@@ -358,7 +359,7 @@ function generate(count) {
   } catch (failure) { return say(ending(failure.message), true); }
   at("answers").hidden = false;
   say(count === 1 ? "One answer is on its way." : `${count} answers are on their way.`);
-  for (const body of bodies.reverse()) ask(body, new Answer(body));
+  for (const body of bodies) ask(body, new Answer(body));
 }
 async function ask(body, answer) {
   const control = new AbortController();
@@ -480,7 +481,7 @@ class Answer {
   }
 }
 function paint(canvas, frames, size) {
-  const width = 7, height = 14, rows = frames[0].length;
+  const width = 11, height = 14, rows = frames[0].length;
   canvas.width = frames.length * width; canvas.height = rows * height;
   const pen = canvas.getContext("2d");
   frames.forEach((frame, column) => frame.forEach((code, row) => {

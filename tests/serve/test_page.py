@@ -129,7 +129,7 @@ def test_four_answers_stream_in_and_the_batch_is_drawn(
         ids = browser.value("[...document.querySelectorAll('.answer')].map(a => a.querySelectorAll('.ids span').length)")
         assert ids == [48] * 4  # 24 of text, 6 frames of 4 codes
         assert browser.value("document.querySelectorAll('.ids .m1').length") == 4 * 24
-        assert browser.value("[...document.querySelectorAll('canvas')].map(c => c.width)") == [42] * 4
+        assert browser.value("[...document.querySelectorAll('canvas')].map(c => c.width)") == [6 * 11] * 4
         assert browser.becomes("document.querySelectorAll('#slots i:not([class=\"\"])').length === 0")
         assert browser.said == []
 
