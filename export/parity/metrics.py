@@ -70,7 +70,7 @@ def compare_rows(expected: Floats, came: Floats) -> RowDifference:
         mean_abs=float(np.abs(difference).mean()),
         mean_square=float(np.square(difference).mean()),
         relative_l2=float(np.linalg.norm(difference)) / max(norm, 1e-30),
-        cosine=float(wanted @ got) / max(norm * other, 1e-30),
+        cosine=float(wanted @ got) / max(norm * other, 1e-30) if norm or other else 1.0,
         kl=kl_divergence(log_softmax(wanted), log_softmax(got)),
         margin=margin,
         same_top_1=int(np.argmax(wanted)) == int(np.argmax(got)),  # both take the first of equals
