@@ -39,11 +39,11 @@ class Browser:
         self._reads, self._writes, self._number, self._held = reads, writes, 0, b""
         self.said: list[str] = []  # what the page logs, and what its policy refuses
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session: str | None = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for name in ("Page.enable", "Runtime.enable", "Log.enable"):
             self.call(name)
 
-    session = None
+    session: str | None = None
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
