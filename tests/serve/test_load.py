@@ -126,7 +126,7 @@ def test_a_servers_outputs_under_load_are_their_solo_runs(session: Session, serv
         def body(self) -> dict[str, object]:
             return super().body() | model
 
-    named = [Named(**vars(one)) for one in requests]
+    named: list[Request] = [Named(**vars(one)) for one in requests]
     phase = asyncio.run(load(target, Crowd(named, slow=0), 12, 5.0, 2.0))
     told = phase.told()
     assert told["requests"]["finished"] > 0
