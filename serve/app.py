@@ -78,6 +78,8 @@ def create_app(source: Engine | Loader, options: ServeOptions | None = None) -> 
     _add_engine(app, service)
     _add_completions(app, service, metrics)
     _add_page(app)
+    # The document names the one model: whoever tries what it allows then reaches the engine, and not a 404 alone.
+    app.openapi()["components"]["schemas"]["CompletionRequest"]["properties"]["model"]["enum"] = [options.model_name]
     return app
 
 

@@ -86,7 +86,7 @@ class StreamOptions(_Strict):
     """What a stream holds besides its tokens."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that holds the usage and no choice.")
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = Field(None, description="Taken, and without effect.")
 
 
 class CompletionRequest(_Strict):

@@ -72,6 +72,8 @@ def test_an_unknown_field_is_refused_by_its_name() -> None:
         ("audio_frames", 0),
         ("stream", 1),
         ("n", True),
+        ("stream_options", {"include_usage": 1}),
+        ("stream_options", {"include_obfuscation": 0}),
     ],
 )
 def test_every_value_has_bounds_and_its_name_is_said(field: str, value: object) -> None:
