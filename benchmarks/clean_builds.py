@@ -23,11 +23,12 @@ from rich.progress import track
 
 from motrt.benchmarks.builds import Build, traces_shared
 from motrt.benchmarks.document import leave, machine
-from motrt.benchmarks.planted_faults import put_between
+from motrt.benchmarks.gate_page import write_section
 from motrt.errors import MotrtError
 from motrt.export.bundle_from_checkpoint import QuantizeOptions
 from motrt.export.verification import VerifyOptions, verify_bundle
 from motrt.model_def.config import AdapterExpert, Modality, ModelConfig, RopeConfig, RopeScaling, SwigluExpert
+from motrt.model_def.graph import Target
 
 TINY = ModelConfig.tiny()
 TEXT, AUDIO = TINY.modalities
@@ -65,6 +66,13 @@ FORMATS: dict[str, tuple[str, QuantizeOptions | None]] = {
     "int8, absmax": ("int8", QuantizeOptions(scales="absmax")),
 }
 
+# With a graph for each step besides, in a precision that a CPU computes; each graph is a trace of its own, so of few models.
+FOR_CUDA: dict[str, tuple[str, QuantizeOptions | None]] = {
+    "fp32, for cuda": ("fp32", None),
+    "int4, for cuda": ("int4", QuantizeOptions(activations="fp32")),
+}
+CONFIGS_FOR_CUDA = ("one modality", "halves rotated, one layer")
+
 # What the weights of norms and of the embedding are multiplied by in a few channels, as trained models have them.
 OUTLIERS = (1.0, 1.0, 10.0, 30.0)
 
@@ -73,12 +81,14 @@ def drawn(count: int) -> list[tuple[str, str, Build]]:
     """As many builds as wanted: every configuration in every format first, then by chance."""
     chance = np.random.default_rng(0)
     pairs = [(config, kind) for config in CONFIGS for kind in FORMATS]
+    pairs += [(config, kind) for config in CONFIGS_FOR_CUDA for kind in FOR_CUDA]
     found = []
     for number in range(count):
         config, kind = pairs[number % len(pairs)]
-        precision, options = FORMATS[kind]
+        precision, options = (FORMATS | FOR_CUDA)[kind]
+        target: Target = "cuda" if kind in FOR_CUDA else "onnx"
         outliers = float(chance.choice(OUTLIERS)) if number >= len(pairs) else 1.0
-        found.append((config, kind, Build(CONFIGS[config], precision, options=options, seed=number, outliers=outliers)))
+        found.append((config, kind, Build(CONFIGS[config], precision, target, options, number, outliers=outliers)))
     return found
 
 
@@ -105,9 +115,6 @@ def ask(build: Build, folder: Path) -> tuple[str, str, float]:
     return verdict, "; ".join(wrong), max(*shares, *parts)
 
 
-BEGIN, END = "<!-- clean builds -->", "<!-- end of clean builds -->"
-
-
 @click.command()
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
@@ -130,13 +137,13 @@ def main(count: int, json_file: Path | None, markdown: Path | None) -> None:
     alarms = [one for one in told if "wrong" in one]
     if markdown is not None:
         lines = ["| | builds | PASS | AMBIGUOUS | false alarms | most of a limit |", "|---|---|---|---|---|---|"]
-        for kind in FORMATS:
+        for kind in (*FORMATS, *FOR_CUDA):
             mine = [one for one in told if one["format"] == kind]
             if mine:
                 counts = Counter(one["verdict"] for one in mine)
                 refused, share = sum("wrong" in one for one in mine), max(one["share"] for one in mine)
                 lines.append(f"| {kind} | {len(mine)} | {counts['PASS']} | {counts['AMBIGUOUS']} | {refused} | {share:.0%} |")
-        put_between(markdown, BEGIN, END, "\n".join(lines))
+        write_section(markdown, "clean builds", "\n".join(lines))
     leave({"machine": machine("motrt", "onnxruntime", "torch"), "verdicts": dict(verdicts), "builds": told}, json_file)
     sys.exit(1 if alarms else 0)
 

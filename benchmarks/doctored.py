@@ -135,14 +135,13 @@ class Doctored:
 
     def _in_order(self) -> list[NodeProto]:
         """Every node behind what it reads, and otherwise as they stand."""
-        left, made = list(self.model.graph.node), {name for node in self.model.graph.node for name in node.output}
+        left, waited = list(self.model.graph.node), {name for node in self.model.graph.node for name in node.output}
         found: list[NodeProto] = []
         while left:
-            ready = [node for node in left if not made.intersection(node.input)]
-            assert ready, "the planted nodes read each other in a circle"
-            found += ready
-            left = [node for node in left if node not in ready]
-            made.difference_update(name for node in ready for name in node.output)
+            at = next((at for at, node in enumerate(left) if waited.isdisjoint(node.input)), None)
+            assert at is not None, "the planted nodes read each other in a circle"
+            waited.difference_update(left[at].output)
+            found.append(left.pop(at))
         return found
 
 
