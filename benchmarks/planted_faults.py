@@ -78,13 +78,11 @@ def document_of(found: Sequence[Examined]) -> dict[str, Any]:
 
 def markdown_of(document: dict[str, Any]) -> str:
     """What stands in the page."""
-    placed, right = document["with_a_place"], document["place_named_right"]
+    told = {name: value for name, value in document.items() if isinstance(value, int)}
     lines = [
-        f"{document['caught']} of {document['faults']} faults were caught; {document['without_p1']} of them would have been "
-        "without P1, which compares",
-        f"what is stored. Of the {placed} that have a place, {right} were named right. Of the others, which are in no part of a "
-        "graph,",
-        f"{document['place_named_where_none_is']} was named as a part.",
+        "{caught} of {faults} faults were caught; {without_p1} of them would have been without P1, which compares what is "
+        "stored. Of the {with_a_place} that have a place in the file, {place_named_right} were named right; where there is "
+        "none, {place_named_where_none_is} times a part was named.".format(**told)
     ]
     for kind in KINDS:
         own = [one for one in document["found"] if one["kind"] == kind]
