@@ -370,12 +370,13 @@ def ask(
         chosen: scenarios beside the usual ones.
     """
     usual = scenarios(session.config, num_steps=num_steps)
-    said = _said(session, [*usual, *chosen], most_rows)
+    said_to_usual = _said(session, usual, most_rows)
+    said = [*said_to_usual, *_said(session, chosen, most_rows)]
     if (sampled := sampled_scenario(session)) is not None:
         said += _said(session, [sampled], most_rows)
     calibration = Calibration(session.precision, expected_difference(session.config, session.precision))
     if session.config.max_seq_len > 2:
-        calibration = calibrate(session, usual[-2])
+        calibration = calibrate(session, usual[-2], said_to_usual)
     return Expectation(
         name=f"{session.backend}, {session.precision}",
         scenarios=tuple(said),

@@ -144,6 +144,9 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
         session: what answers.
         scenario: what is fed.
         reserve: positions that the cache has room for from the start; it grows by buckets as it fills.
+
+    Returns:
+        Sorted by row and position, however many passes ``session`` takes for a prompt.
     """
     cache = session.new_cache(len(scenario.rows), max(scenario.start + max(scenario.num_prompt), reserve))
     found = _observe_prefill(session, scenario, cache)
@@ -154,7 +157,7 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
         ids = np.stack([row[column : column + 1] for row, column in zip(scenario.rows, columns, strict=True)])
         found += _observe_pass(session, scenario, cache, ids, "early decode" if step < EARLY_STEPS else "late decode")
         cache.lengths += 1
-    return found
+    return sorted(found, key=lambda one: (one.row, one.position))
 
 
 def _observe_prefill(session: Session, scenario: Scenario, cache: KVCache) -> list[Observation]:
