@@ -1,9 +1,10 @@
 """Many requests at once over one session: continuous batching.
 
 Requests join and leave the running batch between two steps. Each turn of the engine drops who is cancelled or late, admits who
-waits, reads one chunk of one new prompt, and does one decode step for all rows that are running, whatever their modalities and
-positions. A long prompt so delays the others by a chunk, never by its length. One thread of the engine's own does all of that;
-callers hand requests in and take steps out from any thread, or from an event loop.
+waits, reads new prompts as far as a chunk goes, seats those that are read in the places of those that ended, and does one
+decode step for all rows that are running, whatever their modalities and positions. A long prompt so delays the others by a
+chunk, never by its length. One thread of the engine's own does all of that; callers hand requests in and take steps out from
+any thread, or from an event loop.
 
 A row's tokens depend on its own prompt, schedule, sampling and seed (see ``decoding``): never on who shares its batch. An
 engine knows token ids; text comes in and out only through the tokenizer that the session may carry. It knows nothing of HTTP.
@@ -15,9 +16,10 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from motrt.errors import BackendError, BusyError, EngineClosedError, InputError
@@ -32,6 +34,10 @@ logger = logging.getLogger(__name__)
 # Steps in a row that may fail before the engine calls itself broken: one may be a request's fault, three are the backend's.
 MOST_FAILURES = 3
 
+# What a pass costs beside its ids, in ids: every weight is read, however few ids there are. Of the 1B model at int4 a step of
+# text takes some 34 ms and 19 ms for each row, one of audio 16 and 6 (docs/performance.md, batch).
+PASS_COST = 3
+
 # How a request ends beside what ``Step.finish`` knows.
 CANCELLED, DEADLINE = "cancelled", "deadline"
 
@@ -43,7 +49,7 @@ class EngineOptions:
     Attributes:
         max_batch: rows that decode together, those whose prompts are being read included.
         max_queue: requests that wait beside them; one more is refused.
-        prefill_chunk: ids of a prompt that are read between two decode steps.
+        prefill_chunk: ids of prompts that are read between two decode steps, or their cost where prompts are short.
     """
 
     max_batch: int = 8
@@ -212,13 +218,21 @@ class _Reading:
     cache: KVCache
     done: int = 0
 
+    @property
+    def is_done(self) -> bool:
+        return self.done == len(self.stream.row.prompt)
+
 
 @dataclass
 class _Batch:
-    """The rows that decode together, in the order of the cache's rows."""
+    """The rows that decode together, in the order of the cache's rows; those that ended keep their places until others come."""
 
     streams: list[Stream] = field(default_factory=list)
     cache: KVCache | None = None
+
+    def places(self, ended: bool) -> list[int]:
+        """Of the streams that have ended, or of those that go on."""
+        return [place for place, one in enumerate(self.streams) if (one.finish is not None) == ended]
 
 
 class Engine:
@@ -240,7 +254,8 @@ class Engine:
         self._waiting: list[Stream] = []
         self._reading: deque[_Reading] = deque()
         self._batch = _Batch()
-        self._steps = self._rows_stepped = self._failures = 0
+        self._steps = self._rows_stepped = 0
+        self._failures: Counter[str] = Counter()
         self._is_closing = self._is_draining = False
         self._thread = threading.Thread(target=self._serve, name="motrt-engine", daemon=True)
         self._thread.start()
@@ -312,7 +327,7 @@ class Engine:
             cache = self._batch.cache
             return EngineState(
                 waiting=len(self._waiting),
-                running=len(self._batch.streams),
+                running=len(self._batch.places(ended=False)),
                 reading=len(self._reading),
                 cache_positions=0 if cache is None else cache.batch_size * cache.capacity,
                 cache_filled=0 if cache is None else int(cache.lengths.sum()),
@@ -341,10 +356,10 @@ class Engine:
     # The engine's own thread.
 
     def _room(self) -> int:
-        return self.options.max_batch - len(self._batch.streams) - len(self._reading)
+        return self.options.max_batch - len(self._batch.places(ended=False)) - len(self._reading)
 
     def _is_idle(self) -> bool:
-        return not (self._waiting or self._reading or self._batch.streams)
+        return not (self._waiting or self._reading or self._batch.places(ended=False))
 
     def _serve(self) -> None:
         try:
@@ -363,37 +378,31 @@ class Engine:
                 return False
             self._drop_unwanted()
             self._admit()
-        self._turn()
+        self._seat(self._read_prompts())
+        self._decode()
         with self._lock:
             if self._is_idle():
+                self._batch = _Batch()  # and the memory of its cache
                 self._lock.notify_all()
         return True
 
-    def _turn(self) -> None:
-        """One chunk of a prompt, and one step of the batch. What fails ends the requests that were in it, and no others."""
-        for part, streams in ((self._read_a_chunk, self._streams_reading()), (self._decode, list(self._batch.streams))):
-            if not streams:
-                continue
-            try:
-                part()
-                self._failures = 0
-            except Exception as failure:
-                logger.exception("a step failed: %d requests end", len(streams))
-                self._fail(streams, failure)
-
-    def _streams_reading(self) -> list[Stream]:
-        return [self._reading[0].stream] if self._reading else []
-
-    def _fail(self, streams: Sequence[Stream], failure: Exception) -> None:
-        told = failure if isinstance(failure, BackendError) else BackendError(f"this step failed: {failure!r}")
-        with self._lock:
-            for stream in streams:
-                self._finish(stream, "error", told)
-            self._reading = deque(one for one in self._reading if one.stream not in streams)
-            self._keep([one for one in self._batch.streams if one not in streams])
-            self._failures += 1
-            if self._failures >= MOST_FAILURES:
-                self.failure = f"{self._failures} steps in a row failed, the last with: {failure}"
+    def _attempt(self, what: str, streams: Sequence[Stream], work: Callable[[], None]) -> bool:
+        """Whether ``work`` could be done. What fails ends the requests that were in it, and no others."""
+        try:
+            work()
+        except Exception as failure:
+            logger.exception("%s failed: %d requests end", what, len(streams))
+            told = failure if isinstance(failure, BackendError) else BackendError(f"{what} failed: {failure!r}")
+            self._failures[what] += 1
+            with self._lock:
+                for stream in streams:
+                    self._finish(stream, "error", told)
+                self._reading = deque(one for one in self._reading if one.stream.finish is None)
+                if self._failures[what] >= MOST_FAILURES:
+                    self.failure = f"{what} failed {self._failures[what]} times in a row, the last time with: {failure}"
+            return False
+        self._failures[what] = 0
+        return True
 
     def _finish(self, stream: Stream, finish: str, error: Exception | None = None) -> None:
         if stream.end(finish, error):
@@ -401,15 +410,11 @@ class Engine:
 
     def _drop_unwanted(self) -> None:
         """Whoever is cancelled or late leaves: from the queue, from reading, from the batch."""
-        unwanted = {}
         for stream in (*self._waiting, *(one.stream for one in self._reading), *self._batch.streams):
             if (reason := stream.is_unwanted) is not None:
-                unwanted[stream] = reason
                 self._finish(stream, reason)
-        if unwanted:
-            self._waiting = [one for one in self._waiting if one not in unwanted]
-            self._reading = deque(one for one in self._reading if one.stream not in unwanted)
-            self._keep([one for one in self._batch.streams if one not in unwanted])
+        self._waiting = [one for one in self._waiting if one.finish is None]
+        self._reading = deque(one for one in self._reading if one.stream.finish is None)
 
     def _admit(self) -> None:
         """The longest waiting of the highest priority first, while there is room."""
@@ -424,62 +429,85 @@ class Engine:
                 continue
             self._reading.append(_Reading(chosen, cache))
 
-    def _read_a_chunk(self) -> None:
-        """The next ids of the prompt that has waited longest; at its end the row joins the batch with its first token."""
-        reading = self._reading[0]
-        row, config = reading.stream.row, self.session.config
-        stop = min(reading.done + min(self.options.prefill_chunk, self.session.longest_pass), len(row.prompt))
-        name = config.modality_names[row.next_modality or 0]
-        logits = self.session.prefill_chunk(row.prompt[reading.done : stop], name, reading.cache, stop == len(row.prompt))
-        reading.done = stop
-        if stop < len(row.prompt):
+    def _read_prompts(self) -> list[_Reading]:
+        """Ids of prompts as far as a chunk goes; returns those that were read to their ends and go on.
+
+        The first takes what there is, others follow where the whole of them fits in what is left: a pass for a few of a long
+        prompt's ids would cost what it costs for all.
+        """
+        left = whole = self.options.prefill_chunk
+        for reading in tuple(self._reading):
+            count = len(reading.stream.row.prompt) - reading.done
+            if left < whole and count + PASS_COST > left:
+                break
+            count = min(count, whole, self.session.longest_pass)
+            self._attempt("reading a prompt", [reading.stream], partial(self._read, reading, count))
+            left -= count + PASS_COST
+        if self._reading and not self._reading[0].is_done:
             self._reading.rotate(-1)  # others' prompts take turns with a long one
-            return
-        with self._lock:
-            self._reading.popleft()
-        if self._take(reading.stream, logits[0]):
-            self._join(reading)
+        return [one for one in self._reading if one.is_done and one.stream.finish is None]
 
-    def _join(self, reading: _Reading) -> None:
-        batch = self._batch
-        old = [(batch.cache, row) for row in range(len(batch.streams))] if batch.cache is not None else []
-        cache = self.session.join_rows([*old, (reading.cache, 0)]) if old else reading.cache
-        with self._lock:
-            self._batch = _Batch([*batch.streams, reading.stream], cache)
+    def _read(self, reading: _Reading, count: int) -> None:
+        """The next ids of a prompt; at its end, its first token."""
+        row, stop = reading.stream.row, reading.done + count
+        name = self.session.config.modality_names[row.next_modality or 0]
+        is_last = stop == len(row.prompt)
+        logits = self.session.prefill_chunk(row.prompt[reading.done : stop], name, reading.cache, is_last)
+        reading.done = stop
+        if is_last:
+            self._take(reading.stream, logits[0])
 
-    def _keep(self, streams: list[Stream]) -> None:
-        """The batch without the others' rows."""
-        batch = self._batch
-        if len(streams) == len(batch.streams):
+    def _seat(self, arrived: Sequence[_Reading]) -> None:
+        """Rows that ended leave the batch, and those that arrived join it."""
+        if not self._attempt("joining the batch", [one.stream for one in arrived], partial(self._change_rows, arrived)):
+            self._attempt("leaving the batch", self._batch.streams, partial(self._change_rows, ()))
+        with self._lock:
+            self._reading = deque(one for one in self._reading if not one.is_done)
+
+    def _change_rows(self, arrived: Sequence[_Reading]) -> None:
+        """In place where as many arrive as have ended and the capacity is right; else into a new cache of just those rows."""
+        batch, session = self._batch, self.session
+        ended, kept = batch.places(ended=True), batch.places(ended=False)
+        if not (ended or arrived):
             return
-        if not streams or batch.cache is None:
-            self._batch = _Batch()
-            return
-        rows = [batch.streams.index(one) for one in streams]
-        self._batch = _Batch(streams, self.session.join_rows([(batch.cache, row) for row in rows]))
+        staying = [(batch.cache, place) for place in kept] if batch.cache is not None else []
+        coming = [(one.cache, 0) for one in arrived]
+        rows, cache = [*staying, *coming], batch.cache
+        if cache is not None and len(ended) == len(arrived) and session.capacity_of(rows) == cache.capacity:
+            session.replace_rows(cache, dict(zip(ended, coming, strict=True)))
+            seated = dict(zip(ended, (one.stream for one in arrived), strict=True))
+            streams = [seated.get(place, one) for place, one in enumerate(batch.streams)]
+        else:
+            cache = session.join_rows(rows) if rows else None
+            streams = [*(batch.streams[place] for place in kept), *(one.stream for one in arrived)]
+        with self._lock:
+            self._batch = _Batch(streams, cache)
 
     def _decode(self) -> None:
-        batch, config = self._batch, self.session.config
-        if batch.cache is None:
-            return
-        started = time.perf_counter()
-        names = [config.modality_names[one.row.next_modality or 0] for one in batch.streams]
-        logits = self.session.decode_step([one.row.newest for one in batch.streams], names, batch.cache)
-        goes_on = [one for one, its_logits in zip(batch.streams, logits, strict=True) if self._take(one, its_logits)]
-        with self._lock:
-            self._keep(goes_on)
-            self._steps += 1
-            self._rows_stepped += len(batch.streams)
-        self.observer.decoded(len(batch.streams), time.perf_counter() - started)
+        if self._batch.cache is not None and self._batch.places(ended=False):
+            self._attempt("a decode step", self._batch.streams, self._step)
 
-    def _take(self, stream: Stream, logits: Logits) -> bool:
-        """The stream's next step, handed out; whether it goes on. Logits that no id can be chosen from end it alone."""
+    def _step(self) -> None:
+        streams, cache, names = self._batch.streams, self._batch.cache, self.session.config.modality_names
+        assert cache is not None
+        started = time.perf_counter()
+        predicted = [names[one.row.next_modality or 0] for one in streams]
+        logits = self.session.decode_step([one.row.newest for one in streams], predicted, cache)
+        for stream, its_logits in zip(streams, logits, strict=True):
+            self._take(stream, its_logits)
+        with self._lock:
+            self._steps += 1
+            self._rows_stepped += len(streams)
+        self.observer.decoded(len(streams), time.perf_counter() - started)
+
+    def _take(self, stream: Stream, logits: Logits) -> None:
+        """The stream's next step, handed out. Logits that no id can be chosen from end it alone."""
         try:
             step = stream.row.take(logits)
         except Exception as failure:
             told = failure if isinstance(failure, BackendError) else BackendError(f"no token could be chosen: {failure!r}")
             self._finish(stream, "error", told)
-            return False
+            return
         now = time.monotonic()
         if stream.last_token is None:
             self.observer.first_token(now - stream.started)
@@ -490,8 +518,6 @@ class Engine:
         stream.give(step)
         if step.finish is not None:
             self._finish(stream, step.finish)
-            return False
-        return True
 
     def _end_all(self, failure: EngineClosedError) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ used again.
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,10 @@ class CudaOnnxSession(OnnxSession):
         for value, array in zip(lease.held.buffers.values, joined, strict=True):
             value.update_inplace(array)
         return lease
+
+    def replace_buffers(self, buffers: Any, rows: Mapping[int, tuple[Any, int]], batch_size: int, capacity: int) -> Any:
+        """All rows by way of the host's memory."""
+        return self.join_buffers([rows.get(row, (buffers, row)) for row in range(batch_size)], capacity)
 
     def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""

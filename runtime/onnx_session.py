@@ -192,6 +192,17 @@ class OnnxSession(Session):
     def join_buffers(self, rows: Sequence[tuple[BoundBuffers, int]], capacity: int) -> BoundBuffers:
         return self._bind([ort.OrtValue.ortvalue_from_numpy(one) for one in joined_arrays(rows, capacity)])
 
+    def replace_buffers(
+        self, buffers: BoundBuffers, rows: Mapping[int, tuple[BoundBuffers, int]], batch_size: int, capacity: int
+    ) -> BoundBuffers:
+        """In place: the batch's memory stays as it is while requests come and go."""
+        for place, (others, row) in rows.items():
+            for array, other in zip(buffers.arrays(), others.arrays(), strict=True):
+                size = min(capacity, other.shape[2])
+                array[place, :, :size] = other[row, :, :size]
+                array[place, :, size:] = 0
+        return buffers
+
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         return self._run(self._loaded[choose(self._loaded, inputs)], cache.buffers, inputs)
 
@@ -224,7 +235,7 @@ def joined_arrays(rows: Sequence[tuple[BoundBuffers, int]], capacity: int) -> It
         made = np.zeros((len(rows), k, capacity, d), arrays[0].dtype)
         for number, (buffers, row) in enumerate(rows):
             old = by_source[id(buffers)][row]
-            made[number, :, : old.shape[1]] = old
+            made[number, :, : old.shape[1]] = old[:, :capacity]
         yield made
 
 

@@ -5,7 +5,7 @@ token ids; text comes in only through the tokenizer that a bundle may carry (``d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,17 +90,28 @@ class Session(ABC):
     def release(self) -> None:
         """Let go of weights and memory. Called once."""
 
-    def join_buffers(self, rows: "Sequence[tuple[Any, int]]", capacity: int) -> Any:
+    def join_buffers(self, rows: Sequence[tuple[Any, int]], capacity: int) -> Any:
         """Copies of rows of other buffers, in the order named, with room for ``capacity`` positions.
 
         Args:
             rows: buffers of this session's, and the number of a row in them.
-            capacity: at least that of each.
+            capacity: at least what each of the rows holds.
 
         Raises:
             BackendError: where the backend's memory can not be copied so.
         """
         raise BackendError(f"{self.backend} can not put rows of several caches into one: serve the bundle with onnxruntime")
+
+    def replace_buffers(self, buffers: Any, rows: Mapping[int, tuple[Any, int]], batch_size: int, capacity: int) -> Any:
+        """The same buffers, some of their rows replaced by copies of others' rows; in place where a backend can.
+
+        Args:
+            buffers: of this session's.
+            rows: by the number of the row that goes, buffers and the number of the row in them that comes.
+            batch_size: rows of ``buffers``.
+            capacity: positions of ``buffers``.
+        """
+        return self.join_buffers([rows.get(row, (buffers, row)) for row in range(batch_size)], capacity)
 
     # What every session does with them.
 
@@ -157,13 +168,42 @@ class Session(ABC):
         self.refuse_closed()
         if not rows:
             raise InputError("a cache needs at least one row")
+        self._refuse_wrong_rows(rows)
+        capacity = self.capacity_of(rows)
+        lengths = np.array([cache.lengths[row] for cache, row in rows], dtype=np.int64)
+        return KVCache(lengths, capacity, self.join_buffers([(cache.buffers, row) for cache, row in rows], capacity), self)
+
+    def replace_rows(self, cache: KVCache, rows: Mapping[int, tuple[KVCache, int]]) -> None:
+        """Put copies of others' rows in the places of rows of ``cache``: how requests take the places of those that ended.
+
+        Args:
+            cache: of this session's; grown where a row that comes holds more.
+            rows: by the number of the row that goes, a cache and the number of the row in it that comes.
+
+        Raises:
+            InputError: for foreign caches, or rows that a cache does not have; before anything is changed.
+            BackendError: where the backend can not.
+        """
+        self.refuse_closed()
+        self._refuse_wrong_rows([*((cache, row) for row in rows), *rows.values()])
+        if not rows:
+            return
+        self.reserve(cache, max(int(other.lengths[row]) for other, row in rows.values()))
+        coming = {place: (other.buffers, row) for place, (other, row) in rows.items()}
+        lengths = [int(other.lengths[row]) for other, row in rows.values()]  # read before any is written: it may be its own
+        cache.buffers = self.replace_buffers(cache.buffers, coming, cache.batch_size, cache.capacity)
+        cache.lengths[list(rows)] = lengths
+
+    def capacity_of(self, rows: Sequence[tuple[KVCache, int]]) -> int:
+        """The bucket that a cache of those rows has, with room for a token behind the longest. Smaller where few are left."""
+        longest = max(int(cache.lengths[row]) for cache, row in rows)
+        return capacity_for(min(longest + 1, self.config.max_seq_len), self.config.max_seq_len, self.smallest_capacity)
+
+    def _refuse_wrong_rows(self, rows: Sequence[tuple[KVCache, int]]) -> None:
         for cache, row in rows:
             self._refuse_foreign(cache)
             if not 0 <= row < cache.batch_size:
                 raise InputError(f"the cache has rows 0..{cache.batch_size - 1} ({row} came)")
-        capacity = max(cache.capacity for cache, _ in rows)
-        lengths = np.array([cache.lengths[row] for cache, row in rows], dtype=np.int64)
-        return KVCache(lengths, capacity, self.join_buffers([(cache.buffers, row) for cache, row in rows], capacity), self)
 
     def run(self, inputs: StepInputs, cache: KVCache) -> Logits:
         """One checked pass of the graph contract.

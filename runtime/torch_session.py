@@ -58,7 +58,7 @@ class TorchSession(Session):
         for number, (buffers, row) in enumerate(rows):
             for old_pair, new_pair in zip(buffers, joined, strict=True):
                 for old, new in zip(old_pair, new_pair, strict=True):
-                    new[number, :, : old.shape[2]] = old[row]
+                    new[number, :, : old.shape[2]] = old[row, :, :capacity]
         return joined
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import pytest
 
 from motrt.errors import ExportError
 from motrt.export.onnx_check import check_onnx, weight_problems
-from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
+from motrt.export.onnx_from_module import attach_weights, write_derived, write_onnx
 from motrt.export.parity.derived import derived_contract_findings, use_finding
 from motrt.export.parity.findings import Finding, Outcome, Report
 from motrt.export.parity.gate import Subject, climb
@@ -18,6 +18,7 @@ from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, Target, plan_for
 from motrt.model_def.parameters import parameters
+from motrt.tests.conftest import Trace
 from motrt.tests.export.models import ONE, THREE, TIED, TINY
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
@@ -25,7 +26,7 @@ Write = Callable[[ModelConfig, Target], Path]
 
 
 @pytest.fixture(scope="session")
-def write(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Write:
+def write(make_checkpoint: MakeCheckpoint, trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Write:
     """A folder with the canonical graph and those of a target, made once for each."""
     made: dict[tuple[str, Target], Path] = {}
 
@@ -72,7 +73,7 @@ def test_a_weight_of_another_modality_in_a_step_is_seen(write: Write) -> None:
     assert len(problems) == absent and all("does not serve" in problem for problem in problems)
 
 
-def test_a_derived_graph_of_another_model_is_refused(write: Write, tmp_path: Path) -> None:
+def test_a_derived_graph_of_another_model_is_refused(write: Write, trace: Trace, tmp_path: Path) -> None:
     step = plan_for("tensorrt", QK_NORM)[0]
     for file in write(TINY, "tensorrt").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -16,7 +16,7 @@ from motrt.export import bundle_from_checkpoint, engine_from_onnx
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, known_capabilities, refuse_options, weight_bytes
 from motrt.export.inspection import inspect
-from motrt.export.onnx_from_module import attach_weights, trace, write_onnx
+from motrt.export.onnx_from_module import attach_weights, write_onnx
 from motrt.export.steps import Advance, Steps, Unit
 from motrt.export.trt_profile import Sizes, parse_range, profile_for, ranges_for
 from motrt.model_def.checkpoint.native import open_checkpoint
@@ -27,6 +27,7 @@ from motrt.runtime import gpu, tensorrt_library
 from motrt.runtime.bundle import open_bundle, sha256_of, write_manifest
 from motrt.runtime.engine_record import EngineRecord, Range
 from motrt.runtime.gpu import Gpu, Gpus
+from motrt.tests.conftest import Trace
 from motrt.tests.export.models import TIED, TINY, write_random
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
@@ -177,7 +178,7 @@ def test_the_weights_of_an_audio_step_are_a_third_of_a_text_step_at_full_size() 
 # What can not be built
 
 
-def graph_with_gather(tmp_path: Path, checkpoint: Path) -> Graph:
+def graph_with_gather(tmp_path: Path, checkpoint: Path, trace: Trace) -> Graph:
     """The canonical graph where a graph for prompts should be."""
     graph = Graph("prefill", "select", capacity=TINY.max_seq_len)
     model = trace(TINY, "float16")
@@ -187,8 +188,10 @@ def graph_with_gather(tmp_path: Path, checkpoint: Path) -> Graph:
     return graph
 
 
-def test_a_graph_that_can_not_be_parsed_names_node_module_and_operator(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    graph = graph_with_gather(tmp_path, tiny_checkpoint)
+def test_a_graph_that_can_not_be_parsed_names_node_module_and_operator(
+    tmp_path: Path, tiny_checkpoint: Path, trace: Trace
+) -> None:
+    graph = graph_with_gather(tmp_path, tiny_checkpoint, trace)
     with pytest.raises(ExportError, match="NonZero, node decoder/NonZero of module decoder: "):
         build_engine(tmp_path / graph.file_name, graph, TINY, "float16", RTX, Steps())
     assert not list(tmp_path.glob("*.engine"))

@@ -15,7 +15,7 @@ from motrt.export.onnx_from_module import attach_weights, write_onnx
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.initialize import random_tensors
 from motrt.model_def.parameters import parameters
-from motrt.tests.export.conftest import Trace
+from motrt.tests.conftest import Trace
 from motrt.tests.export.models import ONE, THREE, TIED, TINY, load_whole, nodes, save_whole
 
 Doctor = Callable[[onnx.ModelProto], None]

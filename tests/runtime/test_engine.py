@@ -18,6 +18,7 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime.decoding import Step
 from motrt.runtime.engine import MOST_FAILURES, Engine, EngineObserver, EngineOptions, Stream
 from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.load import torch_session
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
 
@@ -172,6 +173,9 @@ class Gated(motrt.Session):
     def join_buffers(self, rows: Sequence[tuple[Any, int]], capacity: int) -> Any:
         return self.inner.join_buffers(rows, capacity)
 
+    def replace_buffers(self, buffers: Any, rows: Any, batch_size: int, capacity: int) -> Any:
+        return self.inner.replace_buffers(buffers, rows, batch_size, capacity)
+
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         self.gate.acquire()
         self.passes += 1
@@ -266,7 +270,7 @@ def test_a_backend_that_only_fails_makes_the_engine_say_so(session: Session) -> 
             with pytest.raises(MotrtError):
                 tokens(engine.submit([1], schedule=motrt.then("text", tokens=2)))
         wait_until(lambda: engine.state().failure != "")
-        with pytest.raises(EngineClosedError, match="3 steps in a row failed"):
+        with pytest.raises(EngineClosedError, match="reading a prompt failed 3 times in a row"):
             engine.submit([1])
 
 
@@ -373,6 +377,35 @@ def test_whatever_is_asked_is_answered_or_refused_with_a_sentence(data: st.DataO
         assert tokens(beside) == alone(session, {"prompt": [3, 2, 1], "schedule": motrt.then("audio", frames=1)})
 
 
+class Watched(EngineObserver):
+    """Keeps the batch's buffers of every step."""
+
+    engine: Engine
+
+    def __init__(self) -> None:
+        self.buffers: list[int] = []
+        self.batches: list[int] = []
+
+    def decoded(self, rows: int, seconds: float) -> None:
+        cache = self.engine._batch.cache
+        self.buffers.append(0 if cache is None else id(cache.buffers))
+        self.batches.append(rows)
+
+
+def test_a_full_batch_stays_full_and_in_its_place_while_requests_come_and_go(session: Session) -> None:
+    """Whoever ends is followed by the next in the very next step, in the same memory."""
+    asked: list[Request] = [{"prompt": [number], "schedule": motrt.then("text", tokens=4 + number % 5)} for number in range(40)]
+    gated, watched = Gated(session), Watched()
+    with Engine(gated, EngineOptions(max_batch=8, max_queue=40), watched) as engine:
+        watched.engine = engine
+        streams = [engine.submit(**one) for one in asked]
+        gated.open_for_good()
+        assert [tokens(one) for one in streams] == [alone(session, one) for one in asked]
+    full = [place for place, rows in enumerate(watched.batches) if rows == 8]
+    assert full == list(range(full[0], full[-1] + 1)) and len(full) > 20
+    assert len({watched.buffers[place] for place in full[:-1]}) == 1
+
+
 # The cache's rows.
 
 
@@ -384,6 +417,56 @@ def test_rows_of_several_caches_are_joined_with_what_they_hold(session: Session)
     logits = session.decode_step([101, 6, 7], ["audio", "text", "text"], joined)
     expected = [session.decode_step([101], "audio", second)[0], *session.decode_step([7, 6], "text", first)[::-1]]
     np.testing.assert_allclose(logits, np.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "any other"])
+def test_rows_take_the_places_of_others(backend: str, session: Session, tiny_checkpoint: Path) -> None:
+    """A row that comes says what it said where it came from, whatever stood in its place."""
+    with torch_session(tiny_checkpoint) as reference:
+        used = reference if backend == "torch" else session
+        _, cache = used.prefill([[1, 2, 3], [100] * 70, [4, 5]], "text")
+        _, coming = used.prefill([[9], [101, 7]], "audio")
+        kept = used.join_rows([(cache, 1)])
+        if backend == "any other":
+            cache.buffers = Session.replace_buffers(used, cache.buffers, {0: (coming.buffers, 1)}, 3, cache.capacity)
+            cache.buffers = Session.replace_buffers(used, cache.buffers, {2: (coming.buffers, 0)}, 3, cache.capacity)
+            cache.lengths[:] = [2, 70, 1]
+        else:
+            used.replace_rows(cache, {0: (coming, 1), 2: (coming, 0)})
+        assert cache.lengths.tolist() == [2, 70, 1]
+        expected = [*used.decode_step([6, 8], "text", coming)[::-1], *used.decode_step([7], "text", kept)]
+        logits = used.decode_step([8, 7, 6], "text", cache)
+    np.testing.assert_allclose(logits, np.stack([expected[0], expected[2], expected[1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_place_that_held_no_numbers_is_clean_for_the_next_row(session: Session) -> None:
+    _, cache = session.prefill([[1] * 20, [2] * 20], "text")
+    for array in cache.buffers.arrays():
+        array[0] = np.nan
+    _, coming = session.prefill([[3, 4]], "text")
+    session.replace_rows(cache, {0: (coming, 0)})
+    expected = session.decode_step([5], "text", coming)[0]
+    np.testing.assert_allclose(session.decode_step([5, 6], "text", cache)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_longer_row_makes_room_and_a_batch_of_short_ones_gives_it_back(session: Session) -> None:
+    _, short = session.prefill([[1, 2], [3]], "text")
+    _, long = session.prefill([[1] * 100], "text")
+    assert (short.capacity, long.capacity) == (64, 128)
+    session.replace_rows(short, {1: (long, 0)})
+    assert short.capacity == 128 and short.lengths.tolist() == [2, 100]
+    assert session.join_rows([(short, 0)]).capacity == 64
+    assert session.capacity_of([(short, 0), (long, 0)]) == 128
+
+
+def test_rows_of_strangers_replace_nothing(session: Session, tiny_bundle: Path) -> None:
+    _, cache = session.prefill([[1, 2, 3]], "text")
+    with pytest.raises(InputError, match=r"rows 0\.\.0 \(1 came\)"):
+        session.replace_rows(cache, {1: (cache, 0)})
+    with motrt.load(tiny_bundle) as other, pytest.raises(InputError, match="another session"):
+        other.replace_rows(other.new_cache(1), {0: (cache, 0)})
+    session.replace_rows(cache, {})
+    assert cache.lengths.tolist() == [3]
 
 
 def test_rows_that_can_not_be_joined_are_refused(session: Session, tiny_bundle: Path) -> None:
