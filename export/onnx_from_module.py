@@ -91,19 +91,28 @@ def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantizatio
     plain, cache = example_inputs(config, torch_dtype, graph)
     arguments = tuple(fake.from_tensor(tensor) for tensor in plain)
     pairs = [(fake.from_tensor(keys), fake.from_tensor(values)) for keys, values in cache]
-    try:
-        with _quiet_exporter():
-            program = torch.onnx.export(
-                decoder,
-                (*arguments, pairs),
-                dynamic_shapes=dynamic_shapes(signature),
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,  # its passes read weights; ours below do not
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"PyTorch {torch.__version__} could not trace the decoder ({graph.name}): {error}") from error
+
+    def exported() -> torch.onnx.ONNXProgram | None:
+        return torch.onnx.export(
+            decoder,
+            (*arguments, pairs),
+            dynamic_shapes=dynamic_shapes(signature),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # its passes read weights; ours below do not
+            verbose=False,
+        )
+
+    with _quiet_exporter():
+        try:
+            with _traced_once():
+                program = exported()
+        except torch.onnx.errors.OnnxExporterError as first:
+            logger.info("PyTorch %s has to trace %s a second time: %s", torch.__version__, graph.name, first)
+            try:
+                program = exported()
+            except torch.onnx.errors.OnnxExporterError as error:
+                raise ExportError(f"PyTorch {torch.__version__} could not trace the decoder ({graph.name}): {error}") from error
     if program is None:
         raise ExportError("PyTorch gave no program: its exporter was switched off")
     model = program.model
@@ -236,6 +245,21 @@ def _name_inputs_and_outputs(model: ir.Model, signature: Signature) -> None:
             raise ExportError(f"the trace has {len(values)} inputs or outputs where the contract has {len(specs)}")
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
+
+
+@contextlib.contextmanager
+def _traced_once() -> Iterator[None]:
+    """The exporter without its second trace, which writes a program's operations in simpler ones and takes half of its time.
+
+    The decoder has no operation that it does not know as it is. Where another version of PyTorch writes one differently, the
+    exporter refuses it by name, and nothing comes of that trace.
+    """
+    real = torch.export.ExportedProgram.run_decompositions
+    torch.export.ExportedProgram.run_decompositions = lambda self, *arguments, **named: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.export.ExportedProgram.run_decompositions = real  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

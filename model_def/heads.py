@@ -9,13 +9,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.operators import cast
 from motrt.model_def.routing import Routing
 
 NEVER = float("-inf")
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits if logits.dtype == torch.float64 else cast(logits, torch.float32)
 
 
 class SplitHead(nn.ModuleDict):
@@ -50,5 +51,5 @@ def filter_shared(logits: Tensor, head_mask: Tensor, config: ModelConfig) -> Ten
     if len(config.modalities) == 1:
         return at_least_float32(logits)
     ids = torch.arange(config.vocab_size, device=logits.device)
-    owner = torch.stack([(ids >= owned.start).long() for owned in config.id_ranges[1:]]).sum(0)  # [v]
+    owner = torch.stack([cast(ids >= owned.start, torch.int64) for owned in config.id_ranges[1:]]).sum(0)  # [v]
     return at_least_float32(logits).masked_fill(owner != head_mask[:, None], NEVER)

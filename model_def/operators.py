@@ -14,11 +14,24 @@ from motrt.model_def.config import RopeConfig, RopeStyle
 
 OPSET = 24
 
+_ONNX_DTYPES = {torch.float32: 1, torch.int64: 7}  # ONNX's TensorProto.DataType; what defines the model needs no onnx
 
-def _traced_operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, **attributes: int | float | str) -> Tensor:
-    """One ONNX operator in the traced graph, its output of ``like``'s dtype and shape."""
+
+def _traced_operator(
+    name: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype | None = None, **attributes: int | float | str
+) -> Tensor:
+    """One ONNX operator in the traced graph, its output of ``like``'s shape, and of its dtype where no other is given."""
     attrs: dict[str, Any] = dict(attributes)
-    return torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=like.dtype, shape=like.shape, version=OPSET)
+    return torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype or like.dtype, shape=like.shape, version=OPSET)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in ``dtype``, float32 or int64 (ONNX ``Cast``)."""
+    if x.dtype == dtype:
+        return x
+    if torch.onnx.is_in_onnx_export():
+        return _traced_operator("Cast", (x,), x, dtype, to=_ONNX_DTYPES[dtype])
+    return x.to(dtype)
 
 
 def rope_tables(rope: RopeConfig, head_size: int, max_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

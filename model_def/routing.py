@@ -64,7 +64,7 @@ class Gathered(Routing):
             return OneRoute()
         rows = tuple(torch.nonzero(mask == route).squeeze(1) for route in range(num_routes))
         places = torch.arange(mask.shape[0], dtype=torch.int64, device=mask.device)
-        inverse = torch.zeros_like(places).index_copy(0, torch.cat(rows), places)
+        inverse = torch.zeros_like(places).index_put((torch.cat(rows),), places)
         return cls(rows, inverse)
 
     def dispatch(self, x: Tensor) -> Parts:

@@ -18,9 +18,9 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime.decoding import Step
 from motrt.runtime.engine import MOST_FAILURES, Engine, EngineObserver, EngineOptions, Stream
 from motrt.runtime.kv_cache import KVCache
-from motrt.runtime.load import torch_session
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
+from motrt.tests.export.models import torch_session
 
 TINY = ModelConfig.tiny()
 Request = dict[str, Any]

@@ -326,7 +326,7 @@ def test_three_failing_steps_in_a_row_make_the_server_not_ready(serve: Serve, mo
         monkeypatch.setattr(served.engine.session, "decode_step", fails)
         monkeypatch.setattr(served.engine.session, "prefill_chunk", fails)
         assert [served.ask().status_code for _ in range(4)] == [503] * 4
-        assert "3 steps in a row failed" in error_of(served.get("/health/ready"), 503, "not_ready")
+        assert "failed 3 times in a row" in error_of(served.get("/health/ready"), 503, "not_ready")
         assert served.get("/health/live").status_code == 503, "only another start helps"
         assert "motrt_engine_broken 1.0" in served.get("/metrics").text
 
