@@ -94,14 +94,19 @@ def calibrate(
     with on_one_thread():
         found["on one thread"] = _worst(whole, observe(reference, Scenario("whole", (row,), (count,))))
     if said:
-        found[f"every row in chunks of {CHUNK}"] = max(_worst_in_chunks(reference, *one) for one in said)
+        found[f"every row in chunks of {CHUNK}"] = _worst_in_chunks(reference, said)
     return Calibration(reference.precision, expected_difference(reference.config, reference.precision), found)
 
 
-def _worst_in_chunks(reference: Session, scenario: Scenario, said: Sequence[Observation]) -> float:
-    """What was said to ``scenario``, against its rows read in chunks to their ends."""
-    whole = tuple(len(row) - 1 for row in scenario.rows)
-    return _worst(said, observe(reference, replace(scenario, num_prompt=whole, chunk_size=CHUNK)))
+def _worst_in_chunks(reference: Session, said: Sequence[tuple[Scenario, Sequence[Observation]]]) -> float:
+    """What was said to the scenarios, against all of their rows read in chunks to their ends."""
+    rows = [row for scenario, _ in said for row in scenario.rows]
+    in_chunks = Scenario("in chunks", tuple(rows), tuple(len(row) - 1 for row in rows), CHUNK)
+    places, first = [], 0
+    for scenario, observations in said:
+        places += [replace(one, row=one.row + first) for one in observations]
+        first += len(scenario.rows)
+    return _worst(places, observe(reference, in_chunks))
 
 
 def _worst(said: Sequence[Observation], other: Sequence[Observation]) -> float:

@@ -37,7 +37,15 @@ from motrt.export.parity.part_values import first_without_numbers, parts
 from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
 from motrt.export.parity.replacement import OnnxReplacement
 from motrt.export.parity.routing_laws import Replacement, absence_finding, law_findings, swap_finding
-from motrt.export.parity.scenarios import NUM_DECODE_STEPS, Int64, Observation, Scenario, in_batches, observe, scenarios
+from motrt.export.parity.scenarios import (
+    NUM_DECODE_STEPS,
+    Int64,
+    Observation,
+    Scenario,
+    in_batches,
+    observe_together,
+    scenarios,
+)
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint
@@ -58,8 +66,8 @@ NUM_GPU_STEPS = 64
 LARGEST_FLOAT64_REFERENCE = 10_000_000
 
 
-# Rows of one batch: more would only take memory.
-MOST_ROWS = 32
+# Rows of one batch: more would only take memory. The reference, in float32 or float64, holds its prompts' logits besides.
+MOST_ROWS, MOST_ROWS_OF_REFERENCE = 32, 16
 
 OpenSession = TypeVar("OpenSession", bound=Session)
 
@@ -388,7 +396,7 @@ def ask(
 def _said(session: Session, asked: Sequence[Scenario], most_rows: int | None) -> list[tuple[Scenario, list[Observation]]]:
     """What the reference says to each, in batches that what is examined takes too."""
     batches = [part for one in asked for part in in_batches(one, min(MOST_ROWS, most_rows or MOST_ROWS))]
-    said = [(one, observe(session, one)) for one in batches]
+    said = list(zip(batches, observe_together(session, batches, MOST_ROWS_OF_REFERENCE), strict=True))
     _refuse_nothing(said, session)
     return said
 

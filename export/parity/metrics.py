@@ -64,7 +64,7 @@ def compare_rows(expected: Floats, came: Floats) -> RowDifference:
     difference = got - wanted
     norm, other = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
     k = min(TOP_K, len(wanted))
-    overlap = len(np.intersect1d(_largest(wanted, k), _largest(got, k))) / k
+    overlap = len({*_largest(wanted, k).tolist()} & {*_largest(got, k).tolist()}) / k
     return RowDifference(
         max_abs=float(np.abs(difference).max()),
         mean_abs=float(np.abs(difference).mean()),
