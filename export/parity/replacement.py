@@ -1,10 +1,11 @@
 """One graph with some of its weights replaced, for the laws that are seen by replacing them. Files stay as they are.
 
-Plain weights are given to onnxruntime beside the file. Where weights are codes it makes one operator of codes, scales and
-product while it loads the graph, and looks at what is stored in it alone: so the graph itself is changed, in memory.
+Plain float32 weights are given to onnxruntime beside the file. Of others it makes something else while it loads the graph, one
+operator of codes, scales and product, or float32 of half precision, and looks at what is stored in the graph alone: what is given
+beside it would be passed over without a word. So there the graph itself is changed, in memory.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class OnnxReplacement:
             names = {scales_of(self._holder[one.name]) if one.name in self._holder else one.name for one in poisoned}
             return self._with_tensors({name: _nothing(self._stored[name]) for name in names})
         whole = list(poisoned)
+        if not self._can_override:
+            return self._with_nothing({one.name for one in whole})
         # All views of one buffer: poison costs one weight's memory, not all.
         nothing = np.full(max(one.numel for one in whole), np.nan, self._dtype)
         return self._open(overrides={one.name: nothing[: one.numel].reshape(one.shape) for one in whole})
@@ -68,7 +71,7 @@ class OnnxReplacement:
 
     def with_exchanged(self, pairs: Mapping[str, str]) -> OnnxSession:
         """The graph with the value of ``pairs[name]`` for every ``name``."""
-        if self._quantization is None:
+        if self._can_override:
             return self._open(overrides={name: self._value(other) for name, other in pairs.items()})
         tensors = {}
         for name, other in pairs.items():
@@ -77,6 +80,10 @@ class OnnxReplacement:
                 if part(mine) in self._stored:
                     tensors[part(mine)] = self._stored[part(others)]
         return self._with_tensors(tensors)
+
+    @property
+    def _can_override(self) -> bool:
+        return self._quantization is None and self._dtype == np.float32
 
     @cached_property
     def _stored(self) -> dict[str, TensorProto]:
@@ -95,14 +102,37 @@ class OnnxReplacement:
         return shaped
 
     def _with_tensors(self, tensors: Mapping[str, TensorProto]) -> OnnxSession:
-        replaced = {}
-        for graph in self._graphs:
-            model = onnx.load(self._file.parent / graph.file_name, load_external_data=False)
+        def replace(model: onnx.ModelProto) -> None:
             for one in model.graph.initializer:
                 if one.name in tensors:
                     name = one.name
                     one.CopyFrom(tensors[name])
                     one.name = name
+
+        return self._with_changed(replace)
+
+    def _with_nothing(self, names: Collection[str]) -> OnnxSession:
+        """NaN for every initializer of ``names``, made by the graph: written out, a file of two gigabytes could not hold it."""
+
+        def replace(model: onnx.ModelProto) -> None:
+            kept = [one for one in model.graph.initializer if one.name not in names]
+            gone = [one for one in model.graph.initializer if one.name in names]
+            del model.graph.initializer[:]
+            model.graph.initializer.extend(kept)
+            for one in reversed(gone):
+                shape = onnx.numpy_helper.from_array(np.array(one.dims, np.int64), f"{one.name}.shape")
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(one.data_type)
+                value = onnx.numpy_helper.from_array(np.full(1, np.nan, dtype))
+                model.graph.initializer.append(shape)
+                model.graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", [shape.name], [one.name], value=value))
+
+        return self._with_changed(replace)
+
+    def _with_changed(self, change: Callable[[onnx.ModelProto], None]) -> OnnxSession:
+        replaced = {}
+        for graph in self._graphs:
+            model = onnx.load(self._file.parent / graph.file_name, load_external_data=False)
+            change(model)
             replaced[graph] = model.SerializeToString()
         return self._open(replaced=replaced)
 
