@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/clean_builds.py --count 200 --json benchmarks/results/clean_builds.json --markdown docs/gate.md
 
 Seeds, sizes, routings, heads and precisions; ``--outliers`` makes weights stand out besides. Each is exported and verified as
-``motrt verify --bisect`` verifies it, a worker on each core. A FAIL, or a part over its budget, is a false alarm; AMBIGUOUS is counted
-apart. Leaves with 1 where there was a false alarm.
+``motrt verify --bisect`` verifies it, a worker on each core. A FAIL, or a part over its budget, is a false alarm; AMBIGUOUS
+is counted apart. Leaves with 1 where there was a false alarm.
 """
 
 import os

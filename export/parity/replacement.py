@@ -1,8 +1,8 @@
 """One graph with some of its weights replaced, for the laws that are seen by replacing them. Files stay as they are.
 
 Plain float32 weights are given to onnxruntime beside the file. Of others it makes something else while it loads the graph, one
-operator of codes, scales and product, or float32 of half precision, and looks at what is stored in the graph alone: what is given
-beside it would be passed over without a word. So there the graph itself is changed, in memory.
+operator of codes, scales and product, or float32 of half precision, and looks at what is stored in the graph alone: what is
+given beside it would be passed over without a word. So there the graph itself is changed, in memory.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
