@@ -3,7 +3,7 @@
 Knows no fault and no verdict.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,11 @@ class Build:
 
 
 @contextmanager
-def traces_shared() -> Iterator[None]:
-    """Within, ``export_bundle`` traces each configuration, dtype and graph once: the values of weights are in no trace."""
+def traces_shared() -> Iterator[Callable[..., ir.Model]]:
+    """Within, ``export_bundle`` traces each configuration, dtype and graph once: the values of weights are in no trace.
+
+    Gives ``trace`` with that memory.
+    """
     made: dict[tuple[str, str, Graph], ir.Model] = {}
 
     def remembered(
@@ -93,4 +96,4 @@ def traces_shared() -> Iterator[None]:
         return model
 
     with patch.object(bundle_from_checkpoint, "trace", remembered):
-        yield
+        yield remembered

@@ -8,10 +8,10 @@ is counted apart. Leaves with 1 where there was a false alarm.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -91,13 +91,10 @@ def drawn(count: int, outliers: float = 1.0) -> list[tuple[str, str, Build]]:
 
 def ask(build: Build, folder: Path) -> tuple[str, str, float]:
     """Verdict, what was wrong, and the largest share of a limit that anything came to."""
-    folder.mkdir()
     try:
         report = verify_bundle(build.make(folder), options=VerifyOptions(bisect=True))
     except MotrtError as refusal:
         return "REFUSED", str(refusal), float("inf")
-    finally:
-        shutil.rmtree(folder)
     wrong = [str(one) for one in report.failed]
     told: dict[str, Any] = report.evidence["bisect"]
     if told["first"] is not None or told["broken"]:
@@ -112,21 +109,24 @@ def ask(build: Build, folder: Path) -> tuple[str, str, float]:
     return verdict, "; ".join(wrong), max(*shares, *parts)
 
 
+def tell(task: tuple[str, str, Build]) -> dict[str, Any]:
+    """One build's line of the document."""
+    config, kind, build = task
+    with tempfile.TemporaryDirectory() as folder:
+        verdict, wrong, share = ask(build, Path(folder))
+    told = {"config": config, "format": kind, "seed": build.seed, "verdict": verdict, "share": round(share, 3)}
+    return told | ({"wrong": wrong} if wrong else {})
+
+
+_until_the_end = ExitStack()  # a worker's: what nobody holds is ended at once
+
+
 def begin(cores: "Queue[int]") -> None:
     """A worker's start: a core of its own, and traces that its builds share."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
     torch.set_num_threads(1)
-    traces_shared().__enter__()
-
-
-def tell(task: tuple[str, str, Build]) -> dict[str, Any]:
-    """One build's line of the document."""
-    config, kind, build = task
-    with tempfile.TemporaryDirectory() as folder:
-        verdict, wrong, share = ask(build, Path(folder) / "build")
-    told = {"config": config, "format": kind, "seed": build.seed, "verdict": verdict, "share": round(share, 3)}
-    return told | ({"wrong": wrong} if wrong else {})
+    _until_the_end.enter_context(traces_shared())
 
 
 @click.command()
@@ -138,6 +138,8 @@ def tell(task: tuple[str, str, Build]) -> dict[str, Any]:
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write the counts between the marks of this file.")
 def main(count: int, outliers: float, json_file: Path | None, markdown: Path | None) -> None:
     """Build, verify, count; one JSON document last."""
+    if markdown is not None and outliers > 1:
+        raise click.UsageError("the page holds the counts of builds without outliers: leave --markdown or --outliers out")
     console = Console(stderr=True)
     places = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     context = get_context("spawn")

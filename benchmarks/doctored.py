@@ -152,3 +152,13 @@ def _raw(value: Value, data_type: int) -> bytes:
         flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
         return ((flat[0::2] & 15) | (flat[1::2] << 4)).tobytes()
     return np.ascontiguousarray(value.astype(helper.tensor_dtype_to_np_dtype(data_type))).tobytes()
+
+
+def exchange_places(one: TensorProto, other: TensorProto) -> None:
+    """Two external tensors are read from each other's place in the data file."""
+    kept = [(entry.key, entry.value) for entry in one.external_data]
+    del one.external_data[:]
+    one.external_data.extend(other.external_data)
+    del other.external_data[:]
+    for key, value in kept:
+        other.external_data.add(key=key, value=value)

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from motrt.benchmarks.builds import traces_shared
 from motrt.benchmarks.document import leave, machine
-from motrt.benchmarks.faults import BUILDS, FAULTS, KINDS, Examined, Fault, examine
+from motrt.benchmarks.examination import Examined, examine
+from motrt.benchmarks.faults import BUILDS, FAULTS, KINDS, Fault
 from motrt.benchmarks.gate_page import write_section
 
 PATH = click.Path(path_type=Path)

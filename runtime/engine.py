@@ -443,7 +443,7 @@ class Engine:
             count = min(count, whole, self.session.longest_pass)
             self._attempt("reading a prompt", [reading.stream], partial(self._read, reading, count))
             left -= count + PASS_COST
-        if self._reading and not self._reading[0].is_done:
+        if self._reading and self._reading[0].done and not self._reading[0].is_done:
             self._reading.rotate(-1)  # others' prompts take turns with a long one
         return [one for one in self._reading if one.is_done and one.stream.finish is None]
 
@@ -473,7 +473,9 @@ class Engine:
         staying = [(batch.cache, place) for place in kept] if batch.cache is not None else []
         coming = [(one.cache, 0) for one in arrived]
         rows, cache = [*staying, *coming], batch.cache
-        if cache is not None and len(ended) == len(arrived) and session.capacity_of(rows) == cache.capacity:
+        if not staying and len(arrived) == 1:  # its own cache will do, for backends that can not copy rows too
+            cache, streams = arrived[0].cache, [arrived[0].stream]
+        elif cache is not None and len(ended) == len(arrived) and session.capacity_of(rows) == cache.capacity:
             session.replace_rows(cache, dict(zip(ended, coming, strict=True)))
             seated = dict(zip(ended, (one.stream for one in arrived), strict=True))
             streams = [seated.get(place, one) for place, one in enumerate(batch.streams)]

@@ -23,7 +23,7 @@ from motrt.model_def.graph import CANONICAL, Graph
 from motrt.runtime.graph_choice import as_contract, choose, feed
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession, joined_arrays
-from motrt.runtime.session import Logits
+from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ class CudaOnnxSession(OnnxSession):
         return lease
 
     def replace_buffers(self, buffers: Any, rows: Mapping[int, tuple[Any, int]], batch_size: int, capacity: int) -> Any:
-        """All rows by way of the host's memory."""
-        return self.join_buffers([rows.get(row, (buffers, row)) for row in range(batch_size)], capacity)
+        """By way of the host's memory, where the CPU's session writes in place."""
+        return Session.replace_buffers(self, buffers, rows, batch_size, capacity)
 
     def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""

@@ -181,18 +181,22 @@ class Session(ABC):
             rows: by the number of the row that goes, a cache and the number of the row in it that comes.
 
         Raises:
-            InputError: for foreign caches, or rows that a cache does not have; before anything is changed.
+            InputError: for foreign caches, rows that a cache does not have, or rows of ``cache`` itself, which may be gone when
+                their turn comes; before anything is changed.
             BackendError: where the backend can not.
         """
         self.refuse_closed()
         self._refuse_wrong_rows([*((cache, row) for row in rows), *rows.values()])
+        if any(other is cache for other, _ in rows.values()):
+            raise InputError(
+                "rows come from other caches, not from the one that they go to: join_rows puts rows in another order"
+            )
         if not rows:
             return
         self.reserve(cache, max(int(other.lengths[row]) for other, row in rows.values()))
         coming = {place: (other.buffers, row) for place, (other, row) in rows.items()}
-        lengths = [int(other.lengths[row]) for other, row in rows.values()]  # read before any is written: it may be its own
         cache.buffers = self.replace_buffers(cache.buffers, coming, cache.batch_size, cache.capacity)
-        cache.lengths[list(rows)] = lengths
+        cache.lengths[list(rows)] = [other.lengths[row] for other, row in rows.values()]
 
     def capacity_of(self, rows: Sequence[tuple[KVCache, int]]) -> int:
         """The bucket that a cache of those rows has, with room for a token behind the longest. Smaller where few are left."""

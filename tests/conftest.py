@@ -8,13 +8,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from motrt.export import bundle_from_checkpoint, onnx_from_module
+from motrt.benchmarks.builds import traces_shared
 from motrt.export.bundle_from_checkpoint import export_bundle
-from motrt.export.quantized_graph import quantize_graph
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.initialize import init_checkpoint
-from motrt.model_def.quantization import Quantization
 
 # Products of this size are no work: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -31,21 +28,7 @@ Trace = Callable[..., ir.Model]
 @pytest.fixture(scope="session", autouse=True)
 def trace() -> Iterator[Trace]:
     """``trace`` with a memory, which ``export_bundle`` uses too: tests that differ in their weights alone share one."""
-    real, made = onnx_from_module.trace, dict[tuple[str, str, Graph], ir.Model]()
-
-    def remembered(
-        config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantization: Quantization | None = None
-    ) -> ir.Model:
-        key = (config.to_json(), dtype, graph)
-        if key not in made:
-            made[key] = real(config, dtype, graph)
-        model = made[key].clone()  # what was traced stays without weights
-        if quantization is not None:
-            quantize_graph(model, config, quantization, dtype)
-        return model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_from_checkpoint, "trace", remembered)
+    with traces_shared() as remembered:
         yield remembered
 
 

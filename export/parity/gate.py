@@ -66,8 +66,8 @@ NUM_GPU_STEPS = 64
 LARGEST_FLOAT64_REFERENCE = 10_000_000
 
 
-# Rows of one batch: more would only take memory. The reference, in float32 or float64, holds its prompts' logits besides.
-MOST_ROWS, MOST_ROWS_OF_REFERENCE = 32, 16
+# Rows of one batch: more would only take memory.
+MOST_ROWS = 32
 
 OpenSession = TypeVar("OpenSession", bound=Session)
 
@@ -396,7 +396,7 @@ def ask(
 def _said(session: Session, asked: Sequence[Scenario], most_rows: int | None) -> list[tuple[Scenario, list[Observation]]]:
     """What the reference says to each, in batches that what is examined takes too."""
     batches = [part for one in asked for part in in_batches(one, min(MOST_ROWS, most_rows or MOST_ROWS))]
-    said = list(zip(batches, observe_together(session, batches, MOST_ROWS_OF_REFERENCE), strict=True))
+    said = list(zip(batches, observe_together(session, batches), strict=True))
     _refuse_nothing(said, session)
     return said
 

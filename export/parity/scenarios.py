@@ -24,6 +24,9 @@ NUM_PROMPT, NUM_DECODE_STEPS = 16, 32
 RUN_LENGTH = 5  # positions of one modality before a change-over
 EARLY_STEPS = 8
 
+# Positions of several scenarios' prompts in one pass: each has logits over the vocabulary, 0.5 MB in float32 at full size.
+MOST_TOGETHER = 512
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -161,7 +164,7 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
     return sorted(found, key=lambda one: (one.row, one.position))
 
 
-def observe_together(session: Session, scenarios: Sequence[Scenario], most_rows: int) -> list[list[Observation]]:
+def observe_together(session: Session, scenarios: Sequence[Scenario]) -> list[list[Observation]]:
     """What ``session`` says to every scenario, asked in as few passes as may be.
 
     Rows of several scenarios share a batch, and no prompt is split because a scenario says so. For a reference, which is taken
@@ -170,14 +173,13 @@ def observe_together(session: Session, scenarios: Sequence[Scenario], most_rows:
     Args:
         session: what answers.
         scenarios: what is asked.
-        most_rows: of a batch.
     """
     found: dict[int, list[Observation]] = {}
     kinds: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for number, one in enumerate(scenarios):
         kinds[one.num_steps, one.start, one.watched_from].append(number)
     for numbers in kinds.values():
-        for batch in _batches(numbers, [len(scenarios[number].rows) for number in numbers], most_rows):
+        for batch in _batches(numbers, [len(scenarios[number].rows) * max(scenarios[number].num_prompt) for number in numbers]):
             members = [scenarios[number] for number in batch]
             rows = tuple(row for one in members for row in one.rows)
             prompts = tuple(prompt for one in members for prompt in one.num_prompt)
@@ -190,12 +192,12 @@ def observe_together(session: Session, scenarios: Sequence[Scenario], most_rows:
     return [found[number] for number in range(len(scenarios))]
 
 
-def _batches(numbers: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers in their order, each batch's sizes together at most ``most``, or one alone."""
+def _batches(numbers: Sequence[int], positions: Sequence[int]) -> list[list[int]]:
+    """Numbers in their order, each batch's positions together at most ``MOST_TOGETHER``, or one alone."""
     batches: list[list[int]] = []
-    taken = most
-    for number, size in zip(numbers, sizes, strict=True):
-        if taken + size > most:
+    taken = MOST_TOGETHER
+    for number, size in zip(numbers, positions, strict=True):
+        if taken + size > MOST_TOGETHER:
             batches.append([])
             taken = 0
         batches[-1].append(number)

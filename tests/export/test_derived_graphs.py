@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from motrt.benchmarks.doctored import exchange_places
 from motrt.errors import ExportError
 from motrt.export.onnx_check import check_onnx, weight_problems
 from motrt.export.onnx_from_module import attach_weights, write_derived, write_onnx
@@ -141,12 +142,7 @@ def test_weights_that_lie_elsewhere_are_seen(copied: Path) -> None:
     def doctor(model: onnx.ModelProto) -> None:
         places = {one.name: one for one in model.graph.initializer}
         first, second = places["layers.0.attention.wk.text.weight"], places["layers.0.attention.wv.text.weight"]
-        kept = [(item.key, item.value) for item in first.external_data]
-        del first.external_data[:]
-        first.external_data.extend(second.external_data)
-        del second.external_data[:]
-        for key, value in kept:
-            second.external_data.add(key=key, value=value)
+        exchange_places(first, second)
 
     change(copied / step.file_name, doctor)
     findings = derived_contract_findings(copied / "model.onnx", step, TINY, "float32")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from motrt.benchmarks.doctored import Doctored
-from motrt.benchmarks.faults import BUILDS, FAULTS, KINDS, Fault, examine
+from motrt.benchmarks.examination import examine
+from motrt.benchmarks.faults import BUILDS, FAULTS, KINDS, Fault
 from motrt.export.parity import gate
 
 FEW = (

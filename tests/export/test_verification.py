@@ -1,6 +1,7 @@
 """``verify`` beyond the ladder: a user's own sequences, the report, the parts, and every input that can not be used."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,7 @@ def test_the_last_positions_are_within_what_the_model_knows(tiny_checkpoint: Pat
 def test_a_reference_says_the_same_to_scenarios_together_as_to_each(tiny_checkpoint: Path) -> None:
     session = torch_session(tiny_checkpoint)
     asked = [*scenarios(TINY), *hostile_scenarios(TINY, remarkable_ids(TINY, open_checkpoint(tiny_checkpoint).read))]
-    asked = [one for one in asked if len(one.rows) <= 16]
-    for scenario, together in zip(asked, observe_together(session, asked, 16), strict=True):
+    for scenario, together in zip(asked, observe_together(session, asked), strict=True):
         alone = observe(session, scenario)
         assert [(one.row, one.position, one.predicted) for one in together] == [
             (one.row, one.position, one.predicted) for one in alone
@@ -211,6 +211,18 @@ def test_an_ordinary_model_is_taken_as_it_is(tiny_checkpoint: Path) -> None:
     found = calibrate(torch_session(tiny_checkpoint), scenarios(TINY)[-2])
     assert found.conditioning == 1.0
     assert 0 < found.worst < found.expected
+
+
+def test_every_row_counts_and_not_the_first_alone(tiny_checkpoint: Path) -> None:
+    """What was said to others is held against their rows in chunks: an answer that is off shows, wherever it stands."""
+    reference, usual = torch_session(tiny_checkpoint), scenarios(TINY)[-2:]
+    said = [(scenario, observe(reference, scenario)) for scenario in usual]
+    whole, name = calibrate(reference, usual[0], said), "every row in chunks of 7"
+    assert 0 < whole.differences[name] < whole.expected
+    last = said[-1][1][-1]
+    said[-1] = (usual[-1], [*said[-1][1][:-1], replace(last, logits=last.logits * 2)])
+    assert calibrate(reference, usual[0], said).differences[name] > 0.1
+    assert name not in calibrate(reference, usual[0]).differences
 
 
 def test_a_model_that_amplifies_rounding_is_allowed_more_up_to_a_bound() -> None:

@@ -406,6 +406,22 @@ def test_a_full_batch_stays_full_and_in_its_place_while_requests_come_and_go(ses
     assert len({watched.buffers[place] for place in full[:-1]}) == 1
 
 
+def test_one_row_at_a_time_needs_no_copies_of_rows(session: Session) -> None:
+    class CopiesNothing(Gated):
+        def join_buffers(self, rows: Any, capacity: int) -> Any:
+            return Session.join_buffers(self, rows, capacity)
+
+        def replace_buffers(self, buffers: Any, rows: Any, batch_size: int, capacity: int) -> Any:
+            return Session.replace_buffers(self, buffers, rows, batch_size, capacity)
+
+    gated = CopiesNothing(session)
+    gated.open_for_good()
+    asked = requests(4, seed=5)
+    with Engine(gated, EngineOptions(max_batch=1)) as engine:
+        streams = [engine.submit(**one) for one in asked]
+        assert [tokens(one) for one in streams] == [alone(session, one) for one in asked]
+
+
 # The cache's rows.
 
 
@@ -439,12 +455,15 @@ def test_rows_take_the_places_of_others(backend: str, session: Session, tiny_che
     np.testing.assert_allclose(logits, np.stack([expected[0], expected[2], expected[1]]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_place_that_held_no_numbers_is_clean_for_the_next_row(session: Session) -> None:
-    _, cache = session.prefill([[1] * 20, [2] * 20], "text")
+@pytest.mark.parametrize("filled", [20, 100])
+def test_a_place_that_held_no_numbers_is_clean_for_the_next_row(filled: int, session: Session) -> None:
+    """Of a row that comes, and of all that lies behind it where the batch has more room than the row had."""
+    _, cache = session.prefill([[1] * filled, [2] * filled], "text")
     for array in cache.buffers.arrays():
         array[0] = np.nan
     _, coming = session.prefill([[3, 4]], "text")
     session.replace_rows(cache, {0: (coming, 0)})
+    assert all(np.isfinite(array[0]).all() for array in cache.buffers.arrays())
     expected = session.decode_step([5], "text", coming)[0]
     np.testing.assert_allclose(session.decode_step([5, 6], "text", cache)[0], expected, rtol=1e-4, atol=1e-5)
 
@@ -465,6 +484,8 @@ def test_rows_of_strangers_replace_nothing(session: Session, tiny_bundle: Path) 
         session.replace_rows(cache, {1: (cache, 0)})
     with motrt.load(tiny_bundle) as other, pytest.raises(InputError, match="another session"):
         other.replace_rows(other.new_cache(1), {0: (cache, 0)})
+    with pytest.raises(InputError, match="rows come from other caches"):
+        session.replace_rows(cache, {0: (cache, 0)})
     session.replace_rows(cache, {})
     assert cache.lengths.tolist() == [3]
 

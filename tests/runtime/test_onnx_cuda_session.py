@@ -137,6 +137,17 @@ def test_conversations_in_turn_do_not_disturb_each_other(bundle: Path) -> None:
         assert said == expected
 
 
+def test_rows_take_the_places_of_others_by_way_of_the_host(bundle: Path) -> None:
+    with opened(bundle) as session:
+        _, coming = session.prefill([TEXT], "audio")
+        _, cache = session.prefill([AUDIO, TEXT], "audio")
+        session.replace_rows(cache, {0: (coming, 0)})
+        (expected,) = session.decode_step([AUDIO[0]], "audio", coming)
+        came = session.decode_step([AUDIO[0]] * 2, "audio", cache)
+        for row in came:
+            np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_where_steps_can_not_be_recorded_they_are_done_as_they_are(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
