@@ -38,6 +38,10 @@ MOST_FAILURES = 3
 # text takes some 34 ms and 19 ms for each row, one of audio 16 and 6 (docs/performance.md, batch).
 PASS_COST = 3
 
+# Ids of prompts that are read for each row of a step. A row of a step costs about what two ids of a prompt do, so reading
+# delays those who decode by about a step; and answers that are half as long as their prompts still keep the batch full.
+READ_PER_ROW = 2
+
 # How a request ends beside what ``Step.finish`` knows.
 CANCELLED, DEADLINE = "cancelled", "deadline"
 
@@ -49,7 +53,8 @@ class EngineOptions:
     Attributes:
         max_batch: rows that decode together, those whose prompts are being read included.
         max_queue: requests that wait beside them; one more is refused.
-        prefill_chunk: ids of prompts that are read between two decode steps, or their cost where prompts are short.
+        prefill_chunk: ids of prompts that are read between two decode steps, or their cost where prompts are short; at least
+            ``READ_PER_ROW`` for each row that decodes.
     """
 
     max_batch: int = 8
@@ -225,7 +230,7 @@ class _Reading:
 
 @dataclass
 class _Batch:
-    """The rows that decode together, in the order of the cache's rows; those that ended keep their places until others come."""
+    """The rows that decode together, in the order of the cache's rows; those that ended rest there until others come."""
 
     streams: list[Stream] = field(default_factory=list)
     cache: KVCache | None = None
@@ -435,7 +440,7 @@ class Engine:
         The first takes what there is, others follow where the whole of them fits in what is left: a pass for a few of a long
         prompt's ids would cost what it costs for all.
         """
-        left = whole = self.options.prefill_chunk
+        left = whole = max(self.options.prefill_chunk, READ_PER_ROW * len(self._batch.places(ended=False)))
         for reading in tuple(self._reading):
             count = len(reading.stream.row.prompt) - reading.done
             if left < whole and count + PASS_COST > left:
@@ -455,7 +460,7 @@ class Engine:
         logits = self.session.prefill_chunk(row.prompt[reading.done : stop], name, reading.cache, is_last)
         reading.done = stop
         if is_last:
-            self._take(reading.stream, logits[0])
+            self._take([(reading.stream, logits[0])])
 
     def _seat(self, arrived: Sequence[_Reading]) -> None:
         """Rows that ended leave the batch, and those that arrived join it."""
@@ -465,7 +470,11 @@ class Engine:
             self._reading = deque(one for one in self._reading if not one.is_done)
 
     def _change_rows(self, arrived: Sequence[_Reading]) -> None:
-        """In place where as many arrive as have ended and the capacity is right; else into a new cache of just those rows."""
+        """In place where those that arrive find places of ended ones and the capacity is right; else into a new cache.
+
+        Places that are kept for those whose prompts are being read cost arithmetic, and a new cache copies of all rows: so
+        they are kept, as long as they are not more than the rows that go on.
+        """
         batch, session = self._batch, self.session
         ended, kept = batch.places(ended=True), batch.places(ended=False)
         if not (ended or arrived):
@@ -473,11 +482,13 @@ class Engine:
         staying = [(batch.cache, place) for place in kept] if batch.cache is not None else []
         coming = [(one.cache, 0) for one in arrived]
         rows, cache = [*staying, *coming], batch.cache
+        free = len(ended) - len(arrived)
+        may_rest = 0 <= free <= min(len(self._reading) - len(arrived), len(kept) + len(arrived))
         if not staying and len(arrived) == 1:  # its own cache will do, for backends that can not copy rows too
             cache, streams = arrived[0].cache, [arrived[0].stream]
-        elif cache is not None and len(ended) == len(arrived) and session.capacity_of(rows) == cache.capacity:
-            session.replace_rows(cache, dict(zip(ended, coming, strict=True)))
-            seated = dict(zip(ended, (one.stream for one in arrived), strict=True))
+        elif cache is not None and rows and may_rest and session.capacity_of(rows) == cache.capacity:
+            session.replace_rows(cache, dict(zip(ended, coming, strict=False)))
+            seated = dict(zip(ended, (one.stream for one in arrived), strict=False))
             streams = [seated.get(place, one) for place, one in enumerate(batch.streams)]
         else:
             cache = session.join_rows(rows) if rows else None
@@ -490,26 +501,36 @@ class Engine:
             self._attempt("a decode step", self._batch.streams, self._step)
 
     def _step(self) -> None:
-        streams, cache, names = self._batch.streams, self._batch.cache, self.session.config.modality_names
+        batch, cache, names = self._batch, self._batch.cache, self.session.config.modality_names
         assert cache is not None
         started = time.perf_counter()
-        predicted = [names[one.row.next_modality or 0] for one in streams]
-        logits = self.session.decode_step([one.row.newest for one in streams], predicted, cache)
-        for stream, its_logits in zip(streams, logits, strict=True):
-            self._take(stream, its_logits)
+        going = batch.places(ended=False)
+        predicted = [names[batch.streams[place].row.next_modality or 0] for place in going]
+        newest = [one.row.newest for one in batch.streams]
+        logits = self.session.decode_step(newest, predicted, cache, active=None if len(going) == len(newest) else going)
+        self._take([(batch.streams[place], its_logits) for place, its_logits in zip(going, logits, strict=True)])
         with self._lock:
             self._steps += 1
-            self._rows_stepped += len(streams)
-        self.observer.decoded(len(streams), time.perf_counter() - started)
+            self._rows_stepped += len(going)
+        self.observer.decoded(len(going), time.perf_counter() - started)
 
-    def _take(self, stream: Stream, logits: Logits) -> None:
-        """The stream's next step, handed out. Logits that no id can be chosen from end it alone."""
+    def _take(self, answers: Sequence[tuple[Stream, Logits]]) -> None:
+        """The next step of each stream. All are chosen before any is handed out, which wakes threads that want the GIL."""
+        chosen = [(stream, self._choose(stream, logits)) for stream, logits in answers]
+        for stream, step in chosen:
+            if step is not None:
+                self._hand_out(stream, step)
+
+    def _choose(self, stream: Stream, logits: Logits) -> Step | None:
+        """None where no id can be chosen from the logits, which ends this stream alone."""
         try:
-            step = stream.row.take(logits)
+            return stream.row.take(logits)
         except Exception as failure:
             told = failure if isinstance(failure, BackendError) else BackendError(f"no token could be chosen: {failure!r}")
             self._finish(stream, "error", told)
-            return
+            return None
+
+    def _hand_out(self, stream: Stream, step: Step) -> None:
         now = time.monotonic()
         if stream.last_token is None:
             self.observer.first_token(now - stream.started)

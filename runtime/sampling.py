@@ -12,17 +12,18 @@ The steps, in order, each on what the one before left:
 4. min-p: ids stay whose probability is at least min_p times the likeliest one's;
 5. top-p: the shortest list of the likeliest ids stays whose probabilities, of those left, sum to at least top_p
    (Holtzman et al. 2020, nucleus sampling);
-6. the inverse of the cumulative distribution, in float64, ids in order of falling logit, ties by lowest id.
+6. the inverse of the cumulative distribution, ids in rising order.
 
-A full sort of 128256 logits costs several times what the rest does, so ids are put in order from the likeliest on, only as
-far as the draw needs.
+Nothing puts ids in order: that would cost many times what the rest does. Weights are float32, whose rounding is far below what
+a model knows of its logits; sums are float64, of blocks first, because a running sum over 128256 values takes longest of all.
 """
 
+import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +33,8 @@ from motrt.model_def.config import ModelConfig
 
 MAX_SEED = 2**63 - 1
 
-# How many of the likeliest ids are put in order first, and how many times more where those were not enough. A trained
-# model's nucleus is nearly always within the first 1024.
-_FIRST_WIDTH, _WIDEN_BY = 1024, 8
+# Values that are summed at once.
+_BLOCK = 256
 
 _UNIT_53 = 2.0**-53  # random bits that a float64 between 0 and 1 can hold
 
@@ -171,11 +171,13 @@ def draw(
     if sampling.is_greedy:
         return best
     ids = _largest(row, sampling.top_k) if sampling.top_k is not None and sampling.top_k < len(row) else None
-    values = row if ids is None else row[ids]
-    weights = _weights(values, float(row[best]), sampling.temperature)
-    if sampling.min_p is not None:
-        weights[weights < sampling.min_p] = 0.0  # the likeliest one's weight is 1
-    chosen = _inverse_cdf(values, weights, sampling.top_p, uniform)
+    scaled = _scaled(row if ids is None else row[ids], float(row[best]), sampling.temperature)
+    weights = np.exp(scaled)  # the likeliest one's is exactly 1
+    if sampling.min_p:
+        weights[scaled < math.log(sampling.min_p)] = 0
+    if sampling.top_p is not None and sampling.top_p < 1:
+        weights[~_nucleus(weights, sampling.top_p)] = 0
+    chosen = _where_sum_passes(weights, uniform, "right")
     return chosen if ids is None else int(ids[chosen])
 
 
@@ -211,38 +213,37 @@ def _penalised(
     return penalised
 
 
-def _weights(values: NDArray[np.floating[Any]], greatest: float, temperature: float) -> NDArray[np.float64]:
-    """Probabilities relative to the likeliest one's, which is exactly 1."""
-    with np.errstate(over="ignore", under="ignore"):  # to -inf at a tiny temperature, to 0 far from the greatest: both right
-        return np.exp((values.astype(np.float64) - greatest) / float(temperature))
+def _scaled(values: NDArray[np.floating[Any]], greatest: float, temperature: float) -> NDArray[np.float32]:
+    """Logarithms of the probabilities relative to the likeliest one's, which is exactly 0."""
+    limits = np.finfo(np.float32)
+    with np.errstate(over="ignore", under="ignore"):  # to -inf at a tiny temperature, to 0 at a huge one: both right
+        below = np.subtract(values, values.dtype.type(greatest)).astype(np.float32, copy=False)
+        return below / np.float32(min(max(float(temperature), float(limits.tiny)), float(limits.max)))
 
 
-def _inverse_cdf(values: NDArray[np.floating[Any]], weights: NDArray[np.float64], top_p: float | None, uniform: float) -> int:
-    """Where the chosen one of ``values`` stands; those of weight 0 never are."""
-    total = float(weights.sum())
-    nucleus_share = None if top_p is None or top_p >= 1 else float(top_p)
-    enough = total * (uniform if nucleus_share is None else nucleus_share)
-    for order in _descending_prefixes(values):
-        cumulative = np.cumsum(weights[order])
-        if cumulative[-1] > enough:
-            break
-    kept = total
-    if nucleus_share is not None:
-        last = int(np.searchsorted(cumulative, enough, side="left"))
-        kept = float(cumulative[min(last, len(cumulative) - 1)])
-    chosen = int(np.searchsorted(cumulative, uniform * kept, side="right"))
-    if chosen == len(cumulative):  # the two sums differ by rounding: the last that weighs anything
-        chosen = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
-    return int(order[chosen])
+def _nucleus(weights: NDArray[np.float32], share: float) -> NDArray[np.bool_]:
+    """Which of ``weights`` are the fewest of the greatest that together reach ``share`` of all; equal ones by lowest place."""
+    falling = np.sort(weights)[::-1]
+    count = 1 + _where_sum_passes(falling, share, "left")
+    threshold = falling[count - 1]
+    kept: NDArray[np.bool_] = weights > threshold
+    ties = np.flatnonzero(weights == threshold)
+    kept[ties[: count - int(np.count_nonzero(kept))]] = True
+    return kept
 
 
-def _descending_prefixes(values: NDArray[np.floating[Any]]) -> Iterator[NDArray[np.intp]]:
-    """Where the greatest of ``values`` stand, in falling order: first a few, then more, at last all."""
-    width = _FIRST_WIDTH
-    while width < len(values):
-        yield _in_falling_order(values, _largest(values, width))
-        width *= _WIDEN_BY
-    yield _in_falling_order(values, np.arange(len(values)))
+def _where_sum_passes(weights: NDArray[np.float32], share: float, side: Literal["left", "right"]) -> int:
+    """Where the running sum of ``weights`` reaches ``share`` of all ("left") or exceeds it ("right"); a weight above 0."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)), dtype=np.float64)
+    target = share * sums[-1]
+    block = _first_beyond(sums, target, side)
+    within = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    return block * _BLOCK + _first_beyond(within, target - (sums[block - 1] if block else 0.0), side)
+
+
+def _first_beyond(sums: NDArray[np.float64], target: float, side: Literal["left", "right"]) -> int:
+    """The last place that adds anything where rounding would put it behind all."""
+    return int(min(np.searchsorted(sums, target, side), np.searchsorted(sums, sums[-1], "left")))
 
 
 def _largest(values: NDArray[np.floating[Any]], count: int) -> NDArray[np.intp]:
@@ -252,11 +253,6 @@ def _largest(values: NDArray[np.floating[Any]], count: int) -> NDArray[np.intp]:
     above = np.flatnonzero(values > threshold)
     ties = np.flatnonzero(values == threshold)[: int(count) - len(above)]
     return np.sort(np.concatenate([above, ties]))
-
-
-def _in_falling_order(values: NDArray[np.floating[Any]], places: NDArray[np.intp]) -> NDArray[np.intp]:
-    # Stable, and places rise: equal values stay in order of place.
-    return places[np.argsort(-values[places], kind="stable")]
 
 
 def _is_number(value: Any) -> bool:
