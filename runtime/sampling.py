@@ -218,7 +218,8 @@ def _scaled(values: NDArray[np.floating[Any]], greatest: float, temperature: flo
     limits = np.finfo(np.float32)
     with np.errstate(over="ignore", under="ignore"):  # to -inf at a tiny temperature, to 0 at a huge one: both right
         below = np.subtract(values, values.dtype.type(greatest)).astype(np.float32, copy=False)
-        return below / np.float32(min(max(float(temperature), float(limits.tiny)), float(limits.max)))
+        scaled: NDArray[np.float32] = below / np.float32(min(max(float(temperature), float(limits.tiny)), float(limits.max)))
+        return scaled
 
 
 def _nucleus(weights: NDArray[np.float32], share: float) -> NDArray[np.bool_]:

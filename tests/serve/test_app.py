@@ -1,9 +1,10 @@
 """What a client sees: answers, streams, refusals, stages of readiness, and what is counted and logged of it."""
 
+import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime.engine import Engine, EngineOptions
 from motrt.runtime.load import load
 from motrt.runtime.session import Session
-from motrt.serve.guard import JsonLines, Rates
+from motrt.serve.guard import EventStream, JsonLines, Rates
 from motrt.serve.options import ServeOptions
 from motrt.tests.serve.served import ASK, Serve, Served, eventually, running
 
@@ -254,6 +255,28 @@ def test_a_reader_that_reads_nothing_delays_nobody(serve: Serve) -> None:
     with serve() as served, served.raw(head.encode() + body):
         assert served.ask(max_tokens=50).json()["usage"]["completion_tokens"] == 50
         assert eventually(lambda: is_idle(served))
+
+
+def test_a_reader_that_takes_too_long_for_one_piece_is_given_up() -> None:
+    given_up, is_closed = [], []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            is_closed.append(True)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(3600)
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    stream = EventStream(pieces(), lambda: given_up.append(True), seconds=0.05)
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
+    assert given_up == [True] and is_closed == [True]
 
 
 # Stages.
