@@ -30,6 +30,7 @@ import motrt
 from motrt.benchmarks.document import leave, machine
 from motrt.benchmarks.load import MODEL, served
 from motrt.model_def.config import ModelConfig
+from motrt.runtime.bundle import open_bundle
 
 SECONDS = 30.0
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -303,14 +304,16 @@ def fuzz(port: int, config: ModelConfig, model: str, count: int, chance: int) ->
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--count", type=click.IntRange(1, 1_000_000), default=10_000, show_default=True)
 @click.option("--seed", "chance", type=int, default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(bundle: Path, count: int, chance: int, json_file: Path | None) -> None:
     """Requests of every sort against a server of BUNDLE that is started here; statuses, and what the others heard."""
-    with motrt.load(bundle) as session:
-        config = session.config
+    try:
+        config = open_bundle(bundle).config
+    except motrt.MotrtError as failure:
+        raise click.ClickException(str(failure)) from None
     started = time.perf_counter()
     with served(bundle, 8, 64) as (target, process):
         seen, beside = fuzz(target.port, config, MODEL, count, chance)

@@ -852,9 +852,12 @@ def main(
         raise click.UsageError("give one of --serve BUNDLE, --engine BUNDLE, and --url URL with --bundle BUNDLE")
     target = HttpTarget(url, amounts["streams"]) if url is not None else None
     plan = Plan(clients=clients or min(4096, amounts["streams"] + amounts["queue"]), **amounts)
-    with motrt.load(known) as session:
-        requests = distinct_requests(session, distinct, seed)
-        weights = session.weights
+    try:
+        with motrt.load(known) as session:
+            requests = distinct_requests(session, distinct, seed)
+            weights = session.weights
+    except motrt.MotrtError as failure:
+        raise click.ClickException(str(failure)) from None
     click.echo(f"{len(requests)} distinct requests, {sum(len(one.alone) for one in requests)} tokens alone", err=True)
     crowd, alone = Crowd(requests, seed, leaving, slow), None
     if target is not None:

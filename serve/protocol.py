@@ -42,8 +42,10 @@ def _one_prompt(value: Any) -> str | list[int]:
             raise ValueError(f"a request holds one prompt ({len(value)} came): send a request for each")
         value = value[0]
     if isinstance(value, str):
-        if not 1 <= len(value) <= MOST_PROMPT_CHARACTERS or not _is_text(value):
-            raise ValueError(f"a text prompt has 1 to {MOST_PROMPT_CHARACTERS} characters of Unicode ({len(value)} came)")
+        if not 1 <= len(value) <= MOST_PROMPT_CHARACTERS:
+            raise ValueError(f"a text prompt has 1 to {MOST_PROMPT_CHARACTERS} characters ({len(value)} came)")
+        if not _is_text(value):
+            raise ValueError("a text prompt is Unicode, and this one holds half of a surrogate pair: send the whole character")
         return value
     if not isinstance(value, list):
         raise ValueError(_PROMPT_FORMS)

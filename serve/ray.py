@@ -43,7 +43,7 @@ class RaySettings:
         threads: for products, per replica; 0: one per core. Several replicas on a machine should share its cores.
         cpus: that Ray reserves per replica.
         gpus: likewise.
-        model_name: as of ``ServeOptions``.
+        model_name: what requests call the model; empty: the name of the bundle's folder.
         api_key_file: likewise, on each machine; empty: no key is asked for.
         max_batch: as of ``EngineOptions``.
         max_queue: likewise.
@@ -59,7 +59,7 @@ class RaySettings:
     threads: int = 0
     cpus: float = 1.0
     gpus: float = 0.0
-    model_name: str = ServeOptions.model_name
+    model_name: str = ""
     api_key_file: str = ""
     max_batch: int = ServeOptions.max_batch
     max_queue: int = ServeOptions.max_queue
@@ -105,7 +105,7 @@ class RaySettings:
     def serve_options(self) -> ServeOptions:
         """What the application of each replica allows."""
         return ServeOptions(
-            model_name=self.model_name,
+            model_name=self.model_name or Path(self.bundle).name or ServeOptions.model_name,
             max_batch=self.max_batch,
             max_queue=self.max_queue,
             drain_seconds=self.drain_seconds,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from motrt.runtime.engine import Engine
 from motrt.serve.page import BODY, SCRIPT, page
@@ -173,6 +174,21 @@ def test_an_error_is_shown_as_a_sentence_and_markup_in_it_stays_text(serve: Serv
         assert browser.value("document.querySelectorAll('img').length") == 0
         browser.value("at('schedule').value = ''; at('prompt').value = 'words'; at('one').click()")
         assert "no tokenizer" in browser.value("at('said').textContent")
+
+
+@needs_browser
+def test_a_prompt_may_be_text_and_text_is_read_where_there_is_a_tokenizer(serve: Serve, browser: Browser) -> None:
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with serve() as served:
+        served.engine.session.tokenizer = words
+        browser.open(served.url)
+        assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+        browser.value("at('prompt').value = 'w7 w8 w9'; at('temperature').value = '0'; at('schedule').value = 'text:4'")
+        browser.value("at('one').click()")
+        assert browser.becomes(f"{DONE} === 1")
+        shown = browser.value("document.querySelector('.answer .text').textContent")
+        assert shown.startswith("w") and shown == served.ask(prompt="w7 w8 w9", schedule="text:4").json()["choices"][0]["text"]
 
 
 @needs_browser

@@ -84,16 +84,16 @@ def post(values: Any) -> bytes:
         return bytes(answer.read())
 
 
-def test_completions_over_http_are_the_servers_own_and_say_the_same(handle: Any, alone: list[int]) -> None:
-    pieces = post({**REQUEST, "model": "motrt", "stream": True}).decode().strip().split("\n\n")
+def test_completions_over_http_are_the_servers_own_and_say_the_same(handle: Any, bundle: Path, alone: list[int]) -> None:
+    pieces = post({**REQUEST, "model": bundle.name, "stream": True}).decode().strip().split("\n\n")
     assert pieces[-1] == "data: [DONE]" and len(pieces) > TOKENS / 2
     events = [json.loads(piece.removeprefix("data: ")) for piece in pieces[:-1]]
     assert [token for event in events for token in event["choices"][0]["token_ids"]] == alone
-    assert json.loads(post({**REQUEST, "model": "motrt"}))["choices"][0]["token_ids"] == alone
+    assert json.loads(post({**REQUEST, "model": bundle.name}))["choices"][0]["token_ids"] == alone
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health/ready", timeout=30) as answer:
         assert answer.status == 200
     with pytest.raises(urllib.error.HTTPError) as refused:
-        post({"model": "motrt", "prompt": [1], "colour": "red"})
+        post({"model": bundle.name, "prompt": [1], "colour": "red"})
     with refused.value as told:
         assert told.code == 400 and "colour" in told.read().decode()
 
