@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from typing import Any
 import click
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisDeprecationWarning
 
 import motrt
 from motrt.benchmarks.document import leave, machine
@@ -298,7 +300,9 @@ def fuzz(port: int, config: ModelConfig, model: str, count: int, chance: int) ->
         problem = problem_of(answer)
         assert problem is None, f"{problem}, for {sent}"
 
-    with beside.asking():
+    with beside.asking(), warnings.catch_warnings():
+        # Threads of this process may use `random` while a request is made, which hypothesis takes for the strategy's doing.
+        warnings.simplefilter("ignore", HypothesisDeprecationWarning)
         each()
     return seen, beside
 

@@ -91,14 +91,14 @@ class Manner:
     sleeps: float = 0.0
 
 
-def distinct_requests(session: motrt.Session, count: int, seed: int) -> list[Request]:
+def distinct_requests(session: motrt.Session, count: int, seed: int, lengths: Sequence[int] = PROMPTS) -> list[Request]:
     """Prompts of every length, every schedule, greedy and not; each with what it says alone."""
     chance, requests = random.Random(seed), []
     longest = session.config.max_seq_len - MOST_TOKENS
     for number in range(count):
-        length = min(PROMPTS[number % len(PROMPTS)], longest)
+        length = min(lengths[number % len(lengths)], longest)
         prompt = tuple(chance.randrange(session.config.vocab_size) for _ in range(length))
-        schedule = SCHEDULES[(number // len(PROMPTS)) % len(SCHEDULES)]
+        schedule = SCHEDULES[(number // len(lengths)) % len(SCHEDULES)]
         bare = Request(prompt, schedule, chance.choice((0.0, 0.8)), chance.randrange(1 << 30))
         alone = tuple(step.token_id for step in session.generate(list(prompt), **bare.options()))
         requests.append(Request(prompt, schedule, bare.temperature, bare.seed, alone=alone))
@@ -827,6 +827,15 @@ PATH = click.Path(path_type=Path)
     "--rows-seconds", type=click.FloatRange(1, 600), default=20, show_default=True, help="For 1 and for 16 rows, each."
 )
 @click.option("--distinct", type=click.IntRange(1, 500), default=32, show_default=True, help="Distinct requests.")
+@click.option(
+    "--prompt",
+    "prompts",
+    type=click.IntRange(1, 1 << 16),
+    multiple=True,
+    default=PROMPTS,
+    show_default=True,
+    help="Ids in one.",
+)
 @click.option("--leaving", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share that cancels mid-stream.")
 @click.option("--slow", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Share that reads slowly.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -839,6 +848,7 @@ def main(
     bundle: Path | None,
     clients: int | None,
     distinct: int,
+    prompts: tuple[int, ...],
     leaving: float,
     slow: float,
     seed: int,
@@ -854,7 +864,7 @@ def main(
     plan = Plan(clients=clients or min(4096, amounts["streams"] + amounts["queue"]), **amounts)
     try:
         with motrt.load(known) as session:
-            requests = distinct_requests(session, distinct, seed)
+            requests = distinct_requests(session, distinct, seed, prompts)
             weights = session.weights
     except motrt.MotrtError as failure:
         raise click.ClickException(str(failure)) from None
@@ -875,7 +885,7 @@ def main(
         "machine": machine("motrt", "onnxruntime", "numpy"),
         "weights": weights,
         "through": "the engine alone" if engine is not None else "HTTP",
-        "plan": vars(plan) | {"distinct": distinct, "leaving": leaving, "slow": slow, "seed": seed},
+        "plan": vars(plan) | {"distinct": distinct, "prompts": prompts, "leaving": leaving, "slow": slow, "seed": seed},
         "bars": [vars(one) for one in made],
         **found,
     }

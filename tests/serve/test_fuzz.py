@@ -9,9 +9,9 @@ from motrt.tests.serve.served import Served
 
 
 def test_every_request_is_answered_and_nobody_beside_it_notices(served: Served) -> None:
-    """A few hundred; ``benchmarks/fuzz.py`` makes ten thousand."""
-    seen, beside = fuzz(served.port, served.engine.session.config, "tiny", 300, 0)
-    assert seen["200"] > 30 and seen["400"] > 30
+    """A hundred and some; ``benchmarks/fuzz.py`` makes ten thousand."""
+    seen, beside = fuzz(served.port, served.engine.session.config, "tiny", 120, 0)
+    assert seen["200"] > 15 and seen["400"] > 15
     assert beside.heard and not beside.problems
     assert served.get("/health/ready").status_code == 200
 
