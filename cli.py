@@ -623,7 +623,9 @@ SERVE_OPTIONS = (
     click.option("--model-name", help="What requests call the model; the folder's name where not said."),
     click.option("--max-batch", type=int, default=8, show_default=True, help="Rows that decode together."),
     click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait beside them."),
-    click.option("--prefill-chunk", type=int, default=64, show_default=True, help="Prompt ids read between two steps."),
+    click.option(
+        "--prefill-chunk", type=int, default=64, show_default=True, help="Prompt ids read between two steps; at least 2 a row."
+    ),
     click.option("--max-prompt-tokens", type=int, help="Of a request; as many as the model holds where not said."),
     click.option("--max-tokens", type=int, help="Of an answer; likewise."),
     click.option("--max-body-bytes", type=int, default=1 << 20, show_default=True, help="Of a request."),

@@ -258,9 +258,10 @@ class Beside:
                 except (OSError, ValueError, KeyError) as failure:
                     self.problems.append(repr(failure))
                     continue
-                if found != expected[number]:
+                if found == expected[number]:
+                    self.heard += 1
+                else:
                     self.problems.append(f"{found} instead of {expected[number]}")
-                self.heard += 1
 
         threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1)]
         for one in threads:

@@ -25,7 +25,7 @@ class ServeOptions:
         model_name: what requests call the model.
         max_batch: rows that decode together.
         max_queue: requests that wait beside them; one more is answered 429.
-        prefill_chunk: ids of a prompt that are read between two decode steps.
+        prefill_chunk: as of ``EngineOptions``.
         max_body_bytes: of a request; a larger one is answered 413 without being read to its end.
         max_prompt_tokens: of a request; None: as many as the model holds.
         max_tokens: likewise, of an answer.

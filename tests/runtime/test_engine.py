@@ -406,6 +406,36 @@ def test_a_full_batch_stays_full_and_in_its_place_while_requests_come_and_go(ses
     assert len({watched.buffers[place] for place in full[:-1]}) == 1
 
 
+def test_a_place_rests_until_a_long_prompt_has_been_read(session: Session) -> None:
+    watched, gated = Watched(), Gated(session)
+    with Engine(gated, EngineOptions(max_batch=3, prefill_chunk=5), watched) as engine:
+        watched.engine = engine
+        lasting = [{"prompt": [number], "max_tokens": 45} for number in (1, 2)]
+        asked: list[Request] = [*lasting, {"prompt": [3], "max_tokens": 3}, {"prompt": [4] * 40, "max_tokens": 6}]
+        streams = [engine.submit(**one) for one in asked]
+        gated.open_for_good()
+        said = [tokens(one) for one in streams]
+    assert said == [alone(session, one) for one in asked]
+    first, last = watched.batches.index(3), len(watched.batches) - 1 - watched.batches[::-1].index(3)
+    assert 2 in watched.batches[first:last]
+    assert len(set(watched.buffers[first : last + 1])) == 1
+
+
+def test_prompts_are_read_faster_beside_more_rows(session: Session) -> None:
+    class Reading(Gated):
+        def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+            sizes.append(inputs.input_ids.shape[1])
+            return super().execute(inputs, cache)
+
+    gated, sizes = Reading(session), list[int]()
+    with Engine(gated, EngineOptions(max_batch=4, prefill_chunk=1)) as engine:
+        streams = [engine.submit([number], max_tokens=60) for number in (1, 2, 3)]
+        streams.append(engine.submit([5] * 30, max_tokens=1))
+        gated.open_for_good()
+        assert [len(tokens(one)) for one in streams] == [60, 60, 60, 1]
+    assert max(sizes) == 3 * 2
+
+
 def test_one_row_at_a_time_needs_no_copies_of_rows(session: Session) -> None:
     class CopiesNothing(Gated):
         def join_buffers(self, rows: Any, capacity: int) -> Any:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from motrt.runtime.engine import Engine
 from motrt.serve.page import BODY, SCRIPT, page
-from motrt.tests.serve.served import Serve, eventually
+from motrt.tests.serve.served import Serve, Served, eventually
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # The protocol wants descriptors 3 and 4, whatever numbers the pipes have here.
@@ -116,6 +116,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 DONE = "[...document.querySelectorAll('.answer header p')].filter(p => p.textContent.startsWith('done')).length"
 
 
+def open_page(browser: Browser, served: Served) -> None:
+    """Until the page knows what the server has."""
+    browser.open(served.url)
+    assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+
+
 @needs_browser
 def test_four_answers_stream_in_and_the_batch_is_drawn(
     serve: Serve, slowly: Callable[[Engine, float], None], browser: Browser
@@ -138,8 +144,7 @@ def test_four_answers_stream_in_and_the_batch_is_drawn(
 @needs_browser
 def test_what_streams_in_is_what_the_server_says_alone(serve: Serve, browser: Browser) -> None:
     with serve() as served:
-        browser.open(served.url)
-        assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+        open_page(browser, served)
         browser.value("at('temperature').value = '0'; at('most').value = '8'; at('schedule').value = 'text:4,audio:1f'")
         browser.value("at('one').click()")
         assert browser.becomes(f"{DONE} === 1")
@@ -152,8 +157,7 @@ def test_what_streams_in_is_what_the_server_says_alone(serve: Serve, browser: Br
 def test_stop_frees_the_rows(serve: Serve, slowly: Callable[[Engine, float], None], browser: Browser) -> None:
     with serve() as served:
         slowly(served.engine, 0.1)
-        browser.open(served.url)
-        assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+        open_page(browser, served)
         browser.value("at('four').click()")
         assert eventually(lambda: served.engine.state().running == 4)
         assert browser.becomes("!at('stop').disabled")
@@ -166,8 +170,7 @@ def test_stop_frees_the_rows(serve: Serve, slowly: Callable[[Engine, float], Non
 @needs_browser
 def test_an_error_is_shown_as_a_sentence_and_markup_in_it_stays_text(serve: Serve, browser: Browser) -> None:
     with serve() as served:
-        browser.open(served.url)
-        assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+        open_page(browser, served)
         browser.value("at('schedule').value = '<img src=x onerror=alert(1)>:3'; at('one').click()")
         assert browser.becomes("at('said').classList.contains('fault')")
         assert "<img" in browser.value("at('said').textContent") or browser.value("at('said').textContent").endswith(".")
@@ -182,8 +185,7 @@ def test_a_prompt_may_be_text_and_text_is_read_where_there_is_a_tokenizer(serve:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with serve() as served:
         served.engine.session.tokenizer = words
-        browser.open(served.url)
-        assert browser.becomes("document.querySelectorAll('#kinds input').length === 3")
+        open_page(browser, served)
         browser.value("at('prompt').value = 'w7 w8 w9'; at('temperature').value = '0'; at('schedule').value = 'text:4'")
         browser.value("at('one').click()")
         assert browser.becomes(f"{DONE} === 1")
