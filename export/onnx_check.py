@@ -19,6 +19,7 @@ from motrt.model_def.quantization import Quantization, codes_of, scales_of, zero
 from motrt.model_def.signature import Signature, TensorSpec
 
 _PRODUCTS = ("Gemm", "MatMul")
+_MASK, _NUM_KEYS = 3, 6  # of Attention's inputs: attn_mask, nonpad_kv_seqlen
 _BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
 
 
@@ -131,11 +132,29 @@ def census_problems(
     if graph.routing != "gather":
         expected["NonZero"] = 0  # compilers that these graphs are made for do not take it
     counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
-    return problems + [
-        f"{counts.get(name, 0)} x {name}, {count} were expected"
-        for name, count in expected.items()
-        if counts.get(name, 0) != count
+    return [
+        *problems,
+        *_bound_problems(model, graph),
+        *(
+            f"{counts.get(name, 0)} x {name}, {count} were expected"
+            for name, count in expected.items()
+            if counts.get(name, 0) != count
+        ),
     ]
+
+
+def _bound_problems(model: onnx.ModelProto, graph: Graph) -> list[str]:
+    """Attention is told which keys it sees in one way, the graph's own: told in no way it sees what was never written."""
+    words = {(True, False): "by a mask", (False, True): "by their number", (True, True): "twice", (False, False): "by nothing"}
+    wanted = (graph.masked, not graph.masked)
+    problems = []
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            given = [name != "" for name in (*node.input, *[""] * 7)[:7]]
+            told = (given[_MASK], given[_NUM_KEYS])
+            if told != wanted:
+                problems.append(f"Attention ({node.name}) is told its keys {words[told]}, and should be {words[wanted]}")
+    return problems
 
 
 def attribute_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]:

@@ -8,12 +8,14 @@ not use is missing by name (``onnx_check`` looks).
 
 import ast
 import contextlib
+import inspect
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -45,6 +47,9 @@ ROPE_TABLES = ("rope_cos", "rope_sin")
 # Tensors smaller than this stay inside model.onnx: scalars and shapes that readers want to see, and no weight.
 SMALLEST_EXTERNAL_BYTES = 64
 
+# Since 1.1 onnx-ir writes tensors in several threads where it is not told otherwise, each with one in memory.
+ONE_AT_A_TIME: dict[str, Any] = {"max_workers": 1} if "max_workers" in inspect.signature(ir.save).parameters else {}
+
 
 class SelectingDecoder(Decoder):
     """The decoder where every expert computes every row: see ``routing.Selected``."""
@@ -61,7 +66,7 @@ class StepDecoder(Decoder):
         self, input_ids: Tensor, cache_position: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
         assert self.graph.tokens is not None and self.graph.predicts is not None
-        return self.step(input_ids, cache_position, cache, self.graph.tokens, self.graph.predicts)
+        return self.step(input_ids, cache_position, cache, self.graph.tokens, self.graph.predicts, self.graph.masked)
 
 
 MODULES: dict[str, type[Decoder]] = {"gather": Decoder, "select": SelectingDecoder, "fixed": StepDecoder}
@@ -151,7 +156,7 @@ def write_onnx(model: ir.Model, folder: Path, on_tensor: Callable[[int], None] =
         external_data=WEIGHTS_FILE,
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
         callback=lambda tensor, info: on_tensor(tensor.nbytes),
-        max_workers=1,
+        **ONE_AT_A_TIME,
     )
 
 

@@ -8,7 +8,7 @@ compiled where the canonical one can not. What it leaves out is all that makes i
 the manifest carries it, and a session chooses from it for each pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from motrt.errors import ConfigError
@@ -33,6 +33,8 @@ class Graph:
         predicts: the index of the modality that every row predicts; None: as ``head_mask`` says. Fixed as ``tokens`` is, for
             one new token per row.
         capacity: t, positions of the cache; None: as many as the buffers have.
+        masked: whether attention is told which keys it sees by a mask. A step can be told their number instead, which lets
+            onnxruntime on a GPU use kernels that take no mask (docs/decisions/0017).
     """
 
     name: str = "model"
@@ -40,6 +42,7 @@ class Graph:
     tokens: int | None = None
     predicts: int | None = None
     capacity: int | None = None
+    masked: bool = True
 
     @property
     def is_step(self) -> bool:
@@ -66,6 +69,7 @@ class Graph:
             "tokens": self.tokens,
             "predicts": self.predicts,
             "capacity": self.capacity,
+            "masked": self.masked,
         }
 
     @classmethod
@@ -76,7 +80,7 @@ class Graph:
             ConfigError: when it is no graph of ``config``.
         """
         known = {one for target in TARGETS for one in plan_for(target, config)}
-        found = next((one for one in known if one.to_dict() == values), None)
+        found = next((one for one in known if one.to_dict() == {"masked": True, **values}), None)  # 0.1 knew masks alone
         if found is None:
             raise ConfigError(f"{values!r} is no graph of this model and version")
         return found
@@ -90,14 +94,15 @@ def plan_for(target: Target, config: ModelConfig) -> tuple[Graph, ...]:
 
     - ``onnx``: none; the canonical graph serves every mix, and what is absent costs nothing.
     - ``cuda``: a step for every pair of modalities, with no ``NonZero`` in it, which would wait for the host and forbid CUDA
-      graphs; prompts go through the canonical graph.
+      graphs; prompts go through the canonical graph. Attention knows the number of keys, and needs no mask.
     - ``tensorrt``, ``tensorrt-rtx``: the same steps, and a graph for prompts and mixed batches that gathers nothing by value,
       which TensorRT can not parse. Their caches hold the model's maximum, since TensorRT wants to know it beforehand.
     """
     capacity = config.max_seq_len
     steps = (*_decode_steps(config, capacity), *_change_overs(config, capacity))
+    unmasked = tuple(replace(step, masked=False) for step in steps)
     prompts = Graph("prefill", "select", capacity=capacity)
-    return {"onnx": (), "cuda": steps, "tensorrt": (*steps, prompts), "tensorrt-rtx": (*steps, prompts)}[target]
+    return {"onnx": (), "cuda": unmasked, "tensorrt": (*steps, prompts), "tensorrt-rtx": (*steps, prompts)}[target]
 
 
 def _decode_steps(config: ModelConfig, capacity: int) -> tuple[Graph, ...]:

@@ -26,7 +26,8 @@ class Positions:
         projections: the same for attention weights; everything takes one route where attention is not routed.
         columns: [b, s], the position of each new token in its row.
         cache_position: [b], tokens already in the cache.
-        visible: [b, 1, s, t] bool, the keys that each new token sees.
+        visible: [b, 1, s, t] bool, the keys that each new token sees; None where ``num_keys`` says it.
+        num_keys: [b], how many keys the one new token of each row sees, from the first on.
         rope: cosines and sines, each [max_seq_len, d/2].
     """
 
@@ -34,8 +35,14 @@ class Positions:
     projections: Routing
     columns: Tensor
     cache_position: Tensor
-    visible: Tensor
+    visible: Tensor | None
+    num_keys: Tensor
     rope: tuple[Tensor, Tensor]
+
+    @property
+    def is_step(self) -> bool:
+        """Whether each row has one new token, known to be one: rows and heads then need not be exchanged."""
+        return isinstance(self.columns.shape[1], int) and self.columns.shape[1] == 1
 
 
 class PerRoute(nn.ModuleDict):
@@ -70,7 +77,7 @@ class Attention(nn.Module):
         query, key = self.rotate(query, at), self.rotate(key, at)
         keys = operators.write_cache(cache[0], key, at.cache_position)
         values = operators.write_cache(cache[1], value, at.cache_position)
-        return self.give_out(operators.attend(query, keys, values, at.visible), at), (keys, values)
+        return self.give_out(self.attend(query, keys, values, at), at), (keys, values)
 
     def project(self, x: Tensor, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """[T, m] -> query [b, h, s, d], key and value [b, k, s, d], each row through its own route."""
@@ -83,9 +90,16 @@ class Attention(nn.Module):
         """Queries or keys [b, heads, s, d], rotated by their positions."""
         return operators.rotate(x, *at.rope, at.columns, self.style)
 
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, at: Positions) -> Tensor:
+        """What the queries [b, h, s, d] take from the cache, each from the keys that it sees."""
+        if at.visible is None:
+            return operators.attend_to_first(query, keys, values, at.num_keys)
+        return operators.attend(query, keys, values, at.visible)
+
     def give_out(self, mixed: Tensor, at: Positions) -> Tensor:
         """What attention mixed, [b, h, s, d] -> [T, m], each row through its own route."""
-        flat = mixed.transpose(1, 2).reshape(-1, self.query_width)  # [b, h, s, d] -> [b, s, h, d] -> [T, h * d]
+        by_position = mixed if at.is_step else mixed.transpose(1, 2)  # [b, h, s, d] -> [b, s, h, d]
+        flat = by_position.reshape(-1, self.query_width)  # -> [T, h * d]
         return at.projections.combine(self.wo(at.projections.dispatch(flat)))
 
     def _heads(self, parts: Parts, norm: PerRoute | None, at: Positions) -> Tensor:
@@ -96,7 +110,8 @@ class Attention(nn.Module):
             split = {route: rows.view(rows.shape[0], rows.shape[1] // d, d) for route, rows in parts.items()}
             parts = {route: rows.flatten(1) for route, rows in norm(split).items()}
         b, s = at.columns.shape
-        return at.projections.combine(parts).view(b, s, -1, d).transpose(1, 2)
+        rows = at.projections.combine(parts)
+        return rows.view(b, -1, 1, d) if at.is_step else rows.view(b, s, -1, d).transpose(1, 2)
 
 
 class Layer(nn.Module):

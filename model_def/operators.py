@@ -4,6 +4,7 @@ Each computes in PyTorch when called, and becomes the one standard operator of o
 That the two mean the same is what the parity ladder proves.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _ONNX_DTYPES = {torch.float32: 1, torch.int64: 7}  # ONNX's TensorProto.DataType
 
 
 def _traced_operator(
-    name: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype | None = None, **attributes: int | float | str
+    name: str, inputs: Sequence[Tensor | None], like: Tensor, dtype: torch.dtype | None = None, **attributes: int | float | str
 ) -> Tensor:
     """One ONNX operator in the traced graph, its output of ``like``'s shape, and of its dtype where no other is given."""
     attrs: dict[str, Any] = dict(attributes)
@@ -92,3 +93,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor
     if torch.onnx.is_in_onnx_export():
         return _traced_operator("Attention", (query, key, value, visible), query, scale=query.shape[-1] ** -0.5)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+
+
+def attend_to_first(query: Tensor, key: Tensor, value: Tensor, num_keys: Tensor) -> Tensor:
+    """The same for one query per row, which sees the first ``num_keys`` keys of its row.
+
+    One query has nothing behind it to be hidden, so a number says what a mask would, and kernels that take no mask can be
+    used (ONNX ``Attention`` with ``nonpad_kv_seqlen``, not causal).
+    Shapes: query [b, h, 1, d]; key, value [b, k, t, d]; num_keys [b] int64, at least 1; result like query.
+    """
+    if torch.onnx.is_in_onnx_export():
+        inputs = (query, key, value, None, None, None, num_keys)
+        return _traced_operator("Attention", inputs, query, scale=query.shape[-1] ** -0.5)
+    keys = torch.arange(key.shape[2], device=key.device)
+    return attend(query, key, value, keys < num_keys[:, None, None, None])

@@ -123,7 +123,7 @@ def record(decoder: Decoder, inputs: StepInputs, cache: Cache) -> tuple[Values, 
         query, key, value = attention.project(normed, at)
         turned_query, turned_key = attention.rotate(query, at), attention.rotate(key, at)
         new = operators.write_cache(keys, turned_key, position), operators.write_cache(values, value, position)
-        mixed = operators.attend(turned_query, *new, at.visible)
+        mixed = attention.attend(turned_query, *new, at)
         attended = x + attention.give_out(mixed, at)
         ffn_normed = layer.ffn_norm(attended)
         x = attended + layer.feed_forward(ffn_normed, at.experts)

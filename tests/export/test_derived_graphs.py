@@ -9,7 +9,7 @@ import pytest
 
 from motrt.benchmarks.doctored import exchange_places
 from motrt.errors import ExportError
-from motrt.export.onnx_check import check_onnx, weight_problems
+from motrt.export.onnx_check import census_problems, check_onnx, weight_problems
 from motrt.export.onnx_from_module import attach_weights, write_derived, write_onnx
 from motrt.export.parity.derived import derived_contract_findings, use_finding
 from motrt.export.parity.findings import Finding, Outcome, Report
@@ -19,6 +19,7 @@ from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, Target, plan_for
 from motrt.model_def.parameters import parameters
+from motrt.model_def.signature import CACHE_POSITION
 from motrt.tests.conftest import Trace
 from motrt.tests.export.models import ONE, THREE, TIED, TINY
 
@@ -134,6 +135,35 @@ def test_two_weights_exchanged_in_one_graph_fail_that_graph_alone(graph: str, co
     findings = failed(climbed(copied, TINY, tiny_checkpoint, "tensorrt"))
     assert {one.graph for one in findings} == {graph}
     assert "P4" in {one.rung for one in findings}
+
+
+@pytest.fixture
+def cuda_copied(write: Write, tmp_path: Path) -> Path:
+    """The tiny model's graphs for onnxruntime on a GPU, to be changed."""
+    return Path(shutil.copytree(write(TINY, "cuda"), tmp_path / "graphs"))
+
+
+def test_the_newest_token_left_out_of_the_number_of_keys_fails(cuda_copied: Path, tiny_checkpoint: Path) -> None:
+    step = plan_for("cuda", TINY)[0]
+
+    def doctor(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == "Attention":
+                node.input[6] = CACHE_POSITION
+
+    change(cuda_copied / step.file_name, doctor)
+    findings = failed(climbed(cuda_copied, TINY, tiny_checkpoint, "cuda"))
+    assert {one.graph for one in findings} == {step.name} and "P4" in {one.rung for one in findings}
+
+
+def test_attention_that_is_told_its_keys_otherwise_is_seen(write: Write) -> None:
+    targets: tuple[Target, Target] = ("cuda", "tensorrt")
+    for target, other in (targets, targets[::-1]):
+        (step, *_), (theirs, *_) = plan_for(target, TINY), plan_for(other, TINY)
+        model = onnx.load(write(TINY, target) / step.file_name, load_external_data=False)
+        assert census_problems(model, TINY, step) == []
+        problems = census_problems(model, TINY, theirs)
+        assert len(problems) == TINY.num_layers and all("is told its keys by" in problem for problem in problems)
 
 
 def test_weights_that_lie_elsewhere_are_seen(copied: Path) -> None:

@@ -34,6 +34,11 @@ def test_there_is_a_step_from_every_modality_to_every_modality() -> None:
         assert len({one.name for one in steps}) == len(steps) == count**2
 
 
+def test_onnxruntime_on_a_gpu_alone_is_given_steps_without_masks() -> None:
+    masked = {target: {graph.masked for graph in plan_for(target, TINY)} for target in TARGETS}
+    assert masked == {"onnx": set(), "cuda": {False}, "tensorrt": {True}, "tensorrt-rtx": {True}}
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_what_is_compiled_knows_its_capacity_and_serves_everything(target: Target) -> None:
     assert all(graph.capacity == THREE.max_seq_len for graph in plan_for(target, THREE))

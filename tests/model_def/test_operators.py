@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motrt.model_def.config import RopeConfig, RopeScaling, RopeStyle
-from motrt.model_def.operators import attend, rope_tables, rotate, write_cache
+from motrt.model_def.operators import attend, attend_to_first, rope_tables, rotate, write_cache
 
 D = 8
 STYLES: tuple[RopeStyle, ...] = ("interleaved", "half")
@@ -110,3 +110,10 @@ def test_attention_is_a_softmax_over_visible_keys_with_heads_in_groups() -> None
             scores = [math.exp(float(query[0, head, column] @ key[0, head // 2, at]) / math.sqrt(D)) for at in seen]
             wanted = sum(s / sum(scores) * value[0, head // 2, at] for s, at in zip(scores, seen, strict=True))
             torch.testing.assert_close(mixed[0, head, column], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_number_of_keys_means_what_a_mask_of_the_first_means() -> None:
+    query, key, value = normal(3, 4, 1, D), normal(3, 2, 5, D, seed=1), normal(3, 2, 5, D, seed=2)
+    num_keys = torch.tensor([1, 3, 5])
+    visible = torch.tensor([[True] * count + [False] * (5 - count) for count in num_keys])[:, None, None]
+    assert torch.equal(attend_to_first(query, key, value, num_keys), attend(query, key, value, visible))
