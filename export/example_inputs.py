@@ -18,10 +18,12 @@ Example = tuple[list[Tensor], ExampleCache]
 
 
 def example_inputs(config: ModelConfig, dtype: torch.dtype, graph: Graph = CANONICAL) -> Example:
-    """The inputs of ``graph`` in its signature's order: two ragged rows, and a cache that already holds some tokens."""
+    """The inputs of ``graph`` in its signature's order: ragged rows, and a cache that already holds some tokens."""
     num_modalities = len(config.modalities)
     batch, new_tokens, capacity = 2, 2 * num_modalities + 1, graph.capacity or 8 * num_modalities
-    held = torch.tensor([0, 3])
+    if graph.one_token:
+        batch, new_tokens = 2 * num_modalities, 1
+    held = 3 * torch.arange(batch)
     buffer = (batch, config.num_kv_heads, capacity, config.head_size)
     cache = [(torch.zeros(buffer, dtype=dtype), torch.zeros(buffer, dtype=dtype)) for _ in range(config.num_layers)]
     if graph.tokens is not None:

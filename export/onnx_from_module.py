@@ -66,7 +66,7 @@ class StepDecoder(Decoder):
         self, input_ids: Tensor, cache_position: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
         assert self.graph.tokens is not None and self.graph.predicts is not None
-        return self.step(input_ids, cache_position, cache, self.graph.tokens, self.graph.predicts, self.graph.masked)
+        return self.step(input_ids, cache_position, cache, self.graph.tokens, self.graph.predicts)
 
 
 MODULES: dict[str, type[Decoder]] = {"gather": Decoder, "select": SelectingDecoder, "fixed": StepDecoder}
@@ -93,6 +93,7 @@ def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantizatio
         decoder = module.from_tensors(config, lambda name: torch.empty(shapes[name], dtype=torch_dtype), torch_dtype)
         if isinstance(decoder, StepDecoder):
             decoder.graph = graph
+        decoder.masked = graph.masked
     plain, cache = example_inputs(config, torch_dtype, graph)
     arguments = tuple(fake.from_tensor(tensor) for tensor in plain)
     pairs = [(fake.from_tensor(keys), fake.from_tensor(values)) for keys, values in cache]

@@ -26,8 +26,12 @@ class Decoder(nn.Module):
 
     Args:
         config: what to build. The state's names are exactly those of ``parameters(config)``.
+
+    Attributes:
+        masked: whether attention is told the keys that it sees by a mask, or, of one token per row, by their number.
     """
 
+    masked = True
     route: Callable[[Tensor, int], Routing] = staticmethod(Gathered.by)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,44 +84,29 @@ class Decoder(nn.Module):
         return self.logits(self.norm(x.index_select(0, logits_index)), head_mask), present
 
     def step(
-        self,
-        input_ids: Tensor,
-        cache_position: Tensor,
-        cache: Sequence[LayerCache],
-        tokens: int,
-        predicts: int,
-        masked: bool = True,
+        self, input_ids: Tensor, cache_position: Tensor, cache: Sequence[LayerCache], tokens: int, predicts: int
     ) -> tuple[Tensor, Cache]:
         """One token per row, all of modality ``tokens``, all predicting modality ``predicts``: no other's weights are named.
 
         Shapes: input_ids [b, 1]; cache_position [b]. Returns the logits of the predicted modality's ids alone, [b, ids of the
-        modality], and the new cache. ``masked`` says whether attention is told the keys that it sees by a mask, or by their
-        number; both mean the same.
+        modality], and the new cache.
         """
         own = self.config.id_ranges[tokens]
         x = F.embedding(input_ids.flatten() - own.start, self.tok_embeddings.weight[own.start : own.stop])
-        x, present = self._through_layers(x, 1, OneRoute(tokens), cache_position, cache, masked)
+        x, present = self._through_layers(x, 1, OneRoute(tokens), cache_position, cache)
         return self._range_logits(self.norm(x), predicts), present
 
     def _through_layers(
-        self,
-        x: Tensor,
-        s: int,
-        experts: Routing,
-        cache_position: Tensor,
-        cache: Sequence[LayerCache],
-        masked: bool = True,
+        self, x: Tensor, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]
     ) -> tuple[Tensor, Cache]:
-        at = self.positions(s, experts, cache_position, cache, masked)
+        at = self.positions(s, experts, cache_position, cache)
         present: Cache = []
         for layer, past in zip(self.layers, cache, strict=True):
             x, new = layer(x, at, past)
             present.append(new)
         return x, present
 
-    def positions(
-        self, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache], masked: bool = True
-    ) -> Positions:
+    def positions(self, s: int, experts: Routing, cache_position: Tensor, cache: Sequence[LayerCache]) -> Positions:
         """What every layer needs to know of ``s`` new tokens per row, behind what the cache holds."""
         columns = cache_position[:, None] + torch.arange(s, device=cache_position.device)
         keys = torch.arange(cache[0][0].shape[2], device=cache_position.device)
@@ -126,7 +115,7 @@ class Decoder(nn.Module):
             projections=experts if self.config.routed_attention else OneRoute(),
             columns=columns,
             cache_position=cache_position,
-            visible=keys <= columns[:, None, :, None] if masked else None,  # [t] against [b, 1, s, 1]
+            visible=keys <= columns[:, None, :, None] if self.masked else None,  # [t] against [b, 1, s, 1]
             num_keys=cache_position + s,
             rope=(self.rope_cos, self.rope_sin),
         )

@@ -35,6 +35,7 @@ class Graph:
         capacity: t, positions of the cache; None: as many as the buffers have.
         masked: whether attention is told which keys it sees by a mask. A step can be told their number instead, which lets
             onnxruntime on a GPU use kernels that take no mask (docs/decisions/0017).
+        one_token: whether it takes one new token per row, as a step does, though of any modality.
     """
 
     name: str = "model"
@@ -43,11 +44,17 @@ class Graph:
     predicts: int | None = None
     capacity: int | None = None
     masked: bool = True
+    one_token: bool = False
 
     @property
     def is_step(self) -> bool:
         """Whether it takes one new token per row, of one modality, predicting one modality."""
         return self.tokens is not None
+
+    @property
+    def takes_one_token(self) -> bool:
+        """Whether it takes one new token per row: its passes then all look alike, and can be recorded."""
+        return self.is_step or self.one_token
 
     @property
     def file_name(self) -> str:
@@ -70,6 +77,7 @@ class Graph:
             "predicts": self.predicts,
             "capacity": self.capacity,
             "masked": self.masked,
+            "one_token": self.one_token,
         }
 
     @classmethod
@@ -80,7 +88,8 @@ class Graph:
             ConfigError: when it is no graph of ``config``.
         """
         known = {one for target in TARGETS for one in plan_for(target, config)}
-        found = next((one for one in known if one.to_dict() == {"masked": True, **values}), None)  # 0.1 knew masks alone
+        since = {"masked": True, "one_token": False}  # what older manifests do not say
+        found = next((one for one in known if one.to_dict() == since | values), None)
         if found is None:
             raise ConfigError(f"{values!r} is no graph of this model and version")
         return found
@@ -93,14 +102,16 @@ def plan_for(target: Target, config: ModelConfig) -> tuple[Graph, ...]:
     """The graphs of ``target`` beside the canonical one, most special first: a pass takes the first that serves it.
 
     - ``onnx``: none; the canonical graph serves every mix, and what is absent costs nothing.
-    - ``cuda``: a step for every pair of modalities, with no ``NonZero`` in it, which would wait for the host and forbid CUDA
-      graphs; prompts go through the canonical graph. Attention knows the number of keys, and needs no mask.
+    - ``cuda``: a step for every pair of modalities and one for rows of several, with no ``NonZero`` in them, which would wait
+      for the host and forbid CUDA graphs; prompts go through the canonical graph. Attention knows the number of keys, and needs
+      no mask.
     - ``tensorrt``, ``tensorrt-rtx``: the same steps, and a graph for prompts and mixed batches that gathers nothing by value,
       which TensorRT can not parse. Their caches hold the model's maximum, since TensorRT wants to know it beforehand.
     """
     capacity = config.max_seq_len
     steps = (*_decode_steps(config, capacity), *_change_overs(config, capacity))
-    unmasked = tuple(replace(step, masked=False) for step in steps)
+    several = (Graph("decode.mixed", "select", capacity=capacity, one_token=True),) if len(config.modalities) > 1 else ()
+    unmasked = tuple(replace(step, masked=False) for step in (*steps, *several))
     prompts = Graph("prefill", "select", capacity=capacity)
     return {"onnx": (), "cuda": unmasked, "tensorrt": (*steps, prompts), "tensorrt-rtx": (*steps, prompts)}[target]
 

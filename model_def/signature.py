@@ -124,10 +124,11 @@ class Signature:
         """The signature of a derived graph: the canonical one, with what ``graph`` knows beforehand left out."""
         whole = cls.canonical(config, cache_dtype)
         sizes: dict[Dim, Dim] = {} if graph.capacity is None else {CAPACITY: graph.capacity}
+        if graph.takes_one_token:
+            sizes[NEW_TOKENS] = 1
         if graph.predicts is None:
             return whole.with_dims(sizes)
-        sizes |= {NEW_TOKENS: 1, NUM_LOGITS: BATCH}
-        fixed = whole.with_dims(sizes)
+        fixed = whole.with_dims(sizes | {NUM_LOGITS: BATCH})
         logits = TensorSpec(RANGE_LOGITS, "float32", (BATCH, config.modalities[graph.predicts].vocab_size))
         kept = tuple(spec for spec in fixed.inputs if spec.name not in (MODALITY_MASK, LOGITS_INDEX, HEAD_MASK))
         return cls(kept, (logits, *fixed.outputs[1:]), whole.num_layers)

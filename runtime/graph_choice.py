@@ -17,14 +17,16 @@ from motrt.runtime.step_inputs import Int64, StepInputs
 
 
 def serves(graph: Graph, inputs: StepInputs) -> bool:
-    """Whether ``graph`` can do this pass: a step's one token per row must be of its modality, and predict its modality."""
+    """Whether ``graph`` can do this pass: a step's one token per row must be of its modality, and predict its modality.
+
+    A graph of one token per row of any modality is recorded with every row's logits, and serves where all are wanted.
+    """
+    rows, new_tokens = inputs.input_ids.shape
+    if graph.takes_one_token and new_tokens != 1:
+        return False
     if not graph.is_step:
-        return True
-    return bool(
-        inputs.input_ids.shape[1] == 1
-        and (inputs.modality_mask == graph.tokens).all()
-        and (inputs.head_mask == graph.predicts).all()
-    )
+        return not graph.one_token or len(inputs.logits_index) == rows
+    return bool((inputs.modality_mask == graph.tokens).all() and (inputs.head_mask == graph.predicts).all())
 
 
 def choose(graphs: Iterable[Graph], inputs: StepInputs) -> Graph:

@@ -175,7 +175,7 @@ def cuda_session(bundle: Bundle) -> Session:
     """The bundle's graphs in onnxruntime on the first GPU, without its tokenizer; raises as ``onnx_session``."""
     from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
-    steps = [graph for graph in bundle.manifest.graphs if graph.is_step]
+    steps = [graph for graph in bundle.manifest.graphs if graph.takes_one_token]
     return _as_the_manifest_says(CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL)), bundle)
 
 

@@ -1,6 +1,6 @@
 """The bundle's graphs in onnxruntime on a GPU.
 
-The cache lies on the device and stays there. A step's graph (one modality, nothing that asks the host) is recorded as a CUDA
+The cache lies on the device and stays there. A graph of one token per row (nothing in it asks the host) is recorded as a CUDA
 graph by onnxruntime: its inputs and logits then have memory of their own on the device, a pass copies two small arrays there
 and one array of logits back, and nothing else moves. What is recorded belongs to addresses, so caches that are given up are
 used again.
@@ -74,6 +74,7 @@ class CudaOnnxSession(OnnxSession):
         config: what the graphs compute.
         graphs: which graphs to load, most special first.
         records_steps: whether steps are recorded as CUDA graphs. Where onnxruntime can not, they are done as they are.
+        stream: the CUDA stream to compute on, by its address (torch: ``stream.cuda_stream``); 0: onnxruntime's own.
 
     Raises:
         BackendError: when onnxruntime has no CUDA, or can not run a graph.
@@ -84,9 +85,15 @@ class CudaOnnxSession(OnnxSession):
     provider = "CUDAExecutionProvider"
 
     def __init__(
-        self, model: Path, config: ModelConfig, graphs: Sequence[Graph] = (CANONICAL,), records_steps: bool = True
+        self,
+        model: Path,
+        config: ModelConfig,
+        graphs: Sequence[Graph] = (CANONICAL,),
+        records_steps: bool = True,
+        stream: int = 0,
     ) -> None:
-        self._recorded = {graph for graph in graphs if graph.is_step} if records_steps else set()
+        self._recorded = {graph for graph in graphs if graph.takes_one_token} if records_steps else set()
+        self._stream = {"user_compute_stream": str(stream)} if stream else {}
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[int, int], list[Held]] = {}
         self._lock = threading.Lock()  # what is recorded is one conversation's at a time
@@ -96,7 +103,7 @@ class CudaOnnxSession(OnnxSession):
 
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
         # TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
-        settings = {"use_tf32": "0"}
+        settings = {"use_tf32": "0", **self._stream}
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:

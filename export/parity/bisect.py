@@ -159,7 +159,7 @@ def recorded_passes(decoder: Decoder, graph: Graph = CANONICAL) -> list[Recorded
         is_step = max(counts) == 1 and name != "prefill"
         inputs = _pass(config, rows, at, counts, graph if is_step else CANONICAL)
         values, cache = record(decoder, inputs, cache)
-        if not graph.is_step or is_step:
+        if not graph.takes_one_token or is_step:
             found.append(RecordedPass(name, inputs, values))
         at = at + np.array(counts)
     return found
@@ -174,7 +174,7 @@ def _counts(config: ModelConfig, graph: Graph) -> Iterator[tuple[str, tuple[int,
         yield "chunk", (CHUNK,) * len(prompt)
     if max(prompt) + 1 <= room:
         yield "decode step", (1,) * len(prompt)
-        yield LAST_SLOTS, (1 if graph.is_step else min(CHUNK, room),) * len(prompt)
+        yield LAST_SLOTS, (1 if graph.takes_one_token else min(CHUNK, room),) * len(prompt)
 
 
 def _rows(config: ModelConfig, graph: Graph) -> list[NDArray[np.int64]]:
@@ -368,7 +368,7 @@ class _Asker:
 
     def _carried_cache(self, part: Part, number: int, carried: list[Values]) -> dict[str, NDArray[Any]]:
         """The cache that this very graph wrote in the pass before."""
-        if number == 0 or part.layer is None or self._graph.is_step:
+        if number == 0 or part.layer is None or self._graph.takes_one_token:
             return {}
         (_, *past), (_, *present) = part.inputs, part.outputs
         return {name: carried[number - 1][new] for name, new in zip(past, present, strict=True)}

@@ -103,6 +103,12 @@ def test_every_graph_climbs_the_whole_ladder(config: ModelConfig, write: Write, 
         assert rungs == ({"P1", "P2", "P4", "P5"} if graph.is_step else {"P1", "P2", "P3", "P4", "P5"})
 
 
+def test_the_graphs_for_onnxruntime_on_a_gpu_climb_it_too(write: Write, tiny_checkpoint: Path) -> None:
+    report = climbed(write(TINY, "cuda"), TINY, tiny_checkpoint, "cuda")
+    assert not [one for one in report.findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)]
+    assert {one.graph for one in report.findings} >= {graph.name for graph in plan_for("cuda", TINY)}
+
+
 @pytest.fixture
 def copied(write: Write, tmp_path: Path) -> Path:
     """The tiny model's graphs, to be changed."""
@@ -154,6 +160,17 @@ def test_the_newest_token_left_out_of_the_number_of_keys_fails(cuda_copied: Path
     change(cuda_copied / step.file_name, doctor)
     findings = failed(climbed(cuda_copied, TINY, tiny_checkpoint, "cuda"))
     assert {one.graph for one in findings} == {step.name} and "P4" in {one.rung for one in findings}
+
+
+def test_two_weights_exchanged_for_rows_of_several_modalities_fail_that_graph_alone(
+    cuda_copied: Path, tiny_checkpoint: Path
+) -> None:
+    change(
+        cuda_copied / "decode.mixed.onnx",
+        exchange_inputs("layers.0.feed_forward.text.w1.weight", "layers.0.feed_forward.text.w3.weight"),
+    )
+    findings = failed(climbed(cuda_copied, TINY, tiny_checkpoint, "cuda"))
+    assert {one.graph for one in findings} == {"decode.mixed"}
 
 
 def test_attention_that_is_told_its_keys_otherwise_is_seen(write: Write) -> None:

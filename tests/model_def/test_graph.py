@@ -23,7 +23,8 @@ def names(target: Target, config: ModelConfig) -> list[str]:
 def test_each_target_has_the_graphs_it_needs() -> None:
     steps = ["decode.text", "decode.audio", "change.text.audio", "change.audio.text"]
     assert names("onnx", TINY) == []
-    assert names("cuda", TINY) == steps
+    assert names("cuda", TINY) == [*steps, "decode.mixed"]
+    assert names("cuda", ONE) == ["decode.text"]
     assert names("tensorrt", TINY) == names("tensorrt-rtx", TINY) == [*steps, "prefill"]
 
 

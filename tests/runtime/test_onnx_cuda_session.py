@@ -22,7 +22,10 @@ from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.known_answer import check_answer
+from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.onnx_cuda_session import MOST_IDLE, CudaOnnxSession, Lease
+from motrt.runtime.session import Logits
+from motrt.runtime.step_inputs import StepInputs
 from motrt.tests.export.models import torch_session
 
 TINY = ModelConfig.tiny()
@@ -38,6 +41,11 @@ class OnTheHost(CudaOnnxSession):
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
         self.asked = {**getattr(self, "asked", {}), graph.name: super()._provider(graph)[1]}
         return self.provider, {}
+
+    def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
+        """Logits on a GPU are copied to the host; here they would be the very memory that the next pass writes."""
+        copied: Logits = super().execute(inputs, cache).copy()
+        return copied
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +110,27 @@ def test_every_record_has_a_number_of_its_own_and_keeps_its_addresses(bundle: Pa
         session.decode_step([AUDIO[0]], "audio", caches[0])
         assert [value.data_ptr() for value in (*step.inputs.values(), step.logits)] == places
     assert numbers == ["1", "2"]
+
+
+def test_rows_of_several_modalities_take_the_graph_for_them_where_every_row_is_wanted(bundle: Path) -> None:
+    with opened(bundle) as session:
+        _, cache = session.prefill([TEXT, AUDIO], ["text", "audio"])
+        session.decode_step([TEXT[0], AUDIO[0]], ["audio", "text"], cache)
+        assert session.passes["decode.mixed"] == 1
+        position = np.array(cache.lengths)
+        both, one = np.arange(2), np.array([1])
+        ids, mask = np.array([[TEXT[1]], [AUDIO[1]]]), np.array([[0], [1]])
+        whole = session.execute(StepInputs(ids, mask, position, both, mask[:, 0]), cache)
+        part = session.execute(StepInputs(ids, mask, position, one, mask[one, 0]), cache)  # through the canonical graph
+        assert session.passes["decode.mixed"] == 2
+        np.testing.assert_allclose(part, whole[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_of_the_caller_is_computed_on(bundle: Path) -> None:
+    with opened(bundle, stream=4711) as session:
+        assert all(settings["user_compute_stream"] == "4711" for settings in session.asked.values())
+    with opened(bundle) as session:
+        assert not any("user_compute_stream" in settings for settings in session.asked.values())
 
 
 def test_a_cache_that_is_given_up_is_used_again_empty(bundle: Path) -> None:
