@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ import click
 def machine(*packages: str) -> dict[str, Any]:
     """The machine, and the versions of the packages that matter."""
     found = {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
-    return found | {name: version(name) for name in packages}
+    return found | {name: version_of(name) for name in packages}
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source, say
+        return "not installed"
 
 
 def leave(document: dict[str, Any], file: Path | None) -> None:

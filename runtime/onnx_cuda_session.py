@@ -9,6 +9,7 @@ used again.
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 # numpy has no bfloat16: it is carried as its bit pattern, under ONNX's number for it (onnx.TensorProto.BFLOAT16).
 _STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _BFLOAT16 = 16
+
+_SAY_WHERE = "session.record_ep_graph_assignment_info"
 
 
 # Caches of one shape that are kept for the next conversation: device memory that nobody uses.
@@ -76,6 +79,10 @@ class CudaOnnxSession(OnnxSession):
         records_steps: whether steps are recorded as CUDA graphs. Where onnxruntime can not, they are done as they are.
         stream: the CUDA stream to compute on, by its address (torch: ``stream.cuda_stream``); 0: onnxruntime's own.
 
+    Attributes:
+        elsewhere: by graph, the operators that onnxruntime did not put on the GPU, and how many of each; what computes shapes
+            is meant to be there. None where this onnxruntime does not say.
+
     Raises:
         BackendError: when onnxruntime has no CUDA, or can not run a graph.
         BundleError: when a graph does not have the contract's inputs and outputs.
@@ -97,6 +104,7 @@ class CudaOnnxSession(OnnxSession):
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[int, int], list[Held]] = {}
         self._lock = threading.Lock()  # what is recorded is one conversation's at a time
+        self.elsewhere: dict[str, dict[str, int] | None] = {}
         super().__init__(model, config, graphs=graphs)
         self.backend = "onnxruntime (CUDA)"
         self.smallest_capacity = config.max_seq_len  # growing would move what is recorded
@@ -107,14 +115,18 @@ class CudaOnnxSession(OnnxSession):
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
+        options.add_session_config_entry(_SAY_WHERE, "1")
         try:
-            return super()._open(graph, file, options, instead)
+            loaded = super()._open(graph, file, options, instead)
         except BackendError as failure:
             if graph not in self._recorded:
                 raise
             logger.warning("steps of %s are not recorded as a CUDA graph: %s", graph.name, failure)
             self._recorded.discard(graph)
-            return super()._open(graph, file, options, instead)
+            loaded = super()._open(graph, file, options, instead)
+        self.elsewhere[graph.name] = _elsewhere(loaded.session, self.provider)
+        logger.info("%s: operators that are not on the GPU: %s", graph.name, self.elsewhere[graph.name])
+        return loaded
 
     def make_buffers(self, batch_size: int, capacity: int) -> Any:
         idle = self._idle.setdefault((batch_size, capacity), [])
@@ -210,3 +222,11 @@ class CudaOnnxSession(OnnxSession):
     def release(self) -> None:
         self._idle.clear()
         super().release()
+
+
+def _elsewhere(session: Any, provider: str) -> dict[str, int] | None:
+    """The operators that other providers than ``provider`` were given, and how many of each."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before onnxruntime 1.24
+        return None
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != provider]
+    return dict(Counter(node.op_type for part in parts for node in part.get_nodes()).most_common())

@@ -5,10 +5,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+
+from motrt.benchmarks import gpu_decode
 from motrt.benchmarks.contender import CASES, LONG_PROMPT, timed
 from motrt.export.bundle_from_checkpoint import export_bundle
+from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
+from motrt.runtime.torch_session import TorchSession
+from motrt.tests.runtime.test_onnx_cuda_session import OnTheHost
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,3 +67,52 @@ def test_a_case_is_timed_step_by_step(tmp_path: Path) -> None:
     assert counting.asked == ["prefill 128", *["step"] * 4, *["step"] * 3]  # one more before each turn, not timed
     assert timed(counting, states, "text prefill of 128", 1)["tokens_per_step"] == 128
     assert timed(counting, states, "audio decode", 1) == {"missing": "it has no such thing"}
+
+
+@pytest.fixture(scope="module")
+def gpu_race(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The race for GPUs with the host's memory for a device's, and what it left."""
+    checkpoint = make_checkpoint(ModelConfig.tiny(max_seq_len=512))
+    bundle = tmp_path_factory.mktemp("race") / "cuda"
+    export_bundle(checkpoint, bundle, "fp32", verify=False, target="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_decode, "CudaOnnxSession", OnTheHost)
+        patch.setattr(gpu_decode, "NUM_ROUNDS", 2)
+        return gpu_decode.raced(checkpoint, [f"cuda={bundle}"], (1, 3), "cpu", compiles=False, minutes=1.0)
+
+
+def test_the_race_on_a_gpu_has_every_case_and_contender(gpu_race: dict[str, Any], tmp_path: Path) -> None:
+    cases = {(one["case"], one["rows"]): one for one in gpu_race["cases"]}
+    assert list(cases) == [("text", 1), ("audio", 1), ("text", 3), ("audio", 3), ("mixed", 3)]
+    every = {gpu_decode.OURS, gpu_decode.ALL_EXPERTS, gpu_decode.ONE_GRAPH, gpu_decode.EAGER}
+    for (name, _), case in cases.items():
+        assert set(case["contenders"]) == (every - {gpu_decode.ALL_EXPERTS} if name == "mixed" else every)
+        assert case["missing"] == {gpu_decode.COMPILED: "not asked for"}
+        for one in case["contenders"].values():
+            assert 0 < one["device_ms"]["median"] <= one["whole_ms"]["median"]
+        assert case["contenders"][gpu_decode.OURS]["ours_is_faster_by"]["device"]["median"] == 1.0
+    assert cases["text", 1]["weight_bytes_per_step"] != cases["audio", 1]["weight_bytes_per_step"]
+    assert json.loads(json.dumps(gpu_race)) == gpu_race
+
+
+def test_the_chart_of_the_race_is_drawn(gpu_race: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gpu_decode.draw(gpu_race, tmp_path / "chart.svg")
+    assert "mixed, rows: 3" in (tmp_path / "chart.svg").read_text()
+
+
+def test_a_contender_that_is_wrong_is_told_and_not_measured(
+    make_checkpoint: Callable[[ModelConfig], Path],
+) -> None:
+    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
+    race = gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+
+    class Wrong(TorchSession):
+        def decode_step(self, *arguments: Any, **more: Any) -> Any:
+            return np.roll(super().decode_step(*arguments, **more), 1, axis=1)
+
+    race.sessions[gpu_decode.OURS] = Wrong(reference.decoder)
+    case = gpu_decode.Case("text", (0,))
+    race.run(case)
+    assert "its logits differ from the reference's" in case.missing[gpu_decode.OURS]
+    assert set(case.whole_ms) == {gpu_decode.EAGER}

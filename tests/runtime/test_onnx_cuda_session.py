@@ -20,6 +20,7 @@ from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
+from motrt.runtime import onnx_cuda_session
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.known_answer import check_answer
 from motrt.runtime.kv_cache import KVCache
@@ -89,6 +90,15 @@ def test_steps_alone_are_recorded_and_no_product_is_rounded_to_tf32(bundle: Path
         assert recorded == {graph.name for graph in STEPS}
     with opened(bundle, records_steps=False) as session:
         assert not any("enable_cuda_graph" in settings for settings in session.asked.values())
+
+
+def test_it_says_which_operators_are_not_where_they_should_be(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(bundle) as session:
+        assert session.elsewhere == {graph.name: {} for graph in (*STEPS, CANONICAL)}
+        loaded = session._loaded[CANONICAL]
+        told = onnx_cuda_session._elsewhere(loaded.session, "CUDAExecutionProvider")
+        assert told is not None and told["Attention"] == TINY.num_layers
+        assert onnx_cuda_session._elsewhere(object(), "CUDAExecutionProvider") is None
 
 
 def test_every_record_has_a_number_of_its_own_and_keeps_its_addresses(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
