@@ -7,7 +7,8 @@
 Contenders take turns, a few steps each. Two times are taken of every step: the device's, between two events on its stream,
 and the whole of it, from ids in the host's memory to logits in the host's memory, which is what a caller waits for. PyTorch is
 raced twice: as it is written, and compiled as a whole and recorded as a CUDA graph (``torch_step.py``). Before a contender is
-timed its logits are compared with the reference's: one that is wrong is not measured. ``every expert`` is our own graph for
+timed its logits are compared with the reference's: one that is wrong is not measured. After it, the kernels of ours and of the
+compiled one are looked at: how many, how long, and how long between them. ``every expert`` is our own graph for
 several modalities fed with one: what a graph that computes all experts and selects costs, recorded as ours is.
 """
 
@@ -31,6 +32,7 @@ from motrt.benchmarks.document import leave, machine
 from motrt.benchmarks.torch_step import TorchStep, compiled, recorded
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.graph import CANONICAL, Graph
+from motrt.runtime.backends import probe
 from motrt.runtime.benchmark import cache_bytes_per_step, weight_bytes_per_step
 from motrt.runtime.bundle import Bundle, open_bundle
 from motrt.runtime.gpu import find_gpus
@@ -120,6 +122,7 @@ class Case:
         device_ms: by contender, of every step, turn by turn; None for one whose device is not ours to clock.
         whole_ms: the same, from ids to logits in the host's memory.
         missing: by contender, why it was not measured.
+        kernels: by contender, what the device did in a step.
     """
 
     name: str
@@ -127,6 +130,7 @@ class Case:
     device_ms: dict[str, list[list[float | None]]] = field(default_factory=dict)
     whole_ms: dict[str, list[list[float]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -139,6 +143,7 @@ class Race:
     def __init__(self, reference: TorchSession, clock: Clock, compiles: bool, ends: float) -> None:
         self.reference, self.config, self.clock = reference, reference.config, clock
         self.compiles, self.ends = compiles, ends
+        self.profiles = reference.decoder.device.type == "cuda"
         self.sessions: dict[str, Session] = {}
 
     def run(self, case: Case) -> None:
@@ -165,6 +170,9 @@ class Race:
                     device.append(self.clock.take())
                 case.device_ms.setdefault(name, []).append(device)
                 case.whole_ms.setdefault(name, []).append(whole)
+        for name in (OURS, COMPILED) if self.profiles else ():
+            if name in steps:
+                case.kernels[name] = profiled(steps[name])
 
     def _warm(self, case: Case, name: str, begin: Callable[[], Step], expected: NDArray[np.float32]) -> Step | None:
         """A contender that gives the reference's logits and has done its first steps; None where it does not."""
@@ -231,6 +239,59 @@ class Race:
         return once
 
 
+def profiled(step: Step, count: int = 8) -> dict[str, Any]:
+    """Which kernels the device ran in a step, whoever launched them; a failure to look is no failure to measure."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(count):
+                step()
+        spans = [
+            Span(event.name, event.time_range.start, event.time_range.end)
+            for event in profile.events() or ()
+            if event.device_type == torch.profiler.DeviceType.CUDA
+        ]
+        return kernels_of(spans, count)
+    except Exception as failure:
+        return {"missing": f"{type(failure).__name__}: {failure}"[:2000]}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel or copy, in microseconds of the profiler's clock."""
+
+    name: str
+    start: float
+    end: float
+
+
+def kernels_of(spans: Sequence[Span], num_steps: int) -> dict[str, Any]:
+    """Per step: kernels, microseconds in which one ran, microseconds between them, and the dearest by name.
+
+    Gaps of 200 microseconds and more are the host's, between steps, and are not counted.
+    """
+    ordered = sorted(spans, key=lambda one: one.start)
+    busy = gaps = 0.0
+    reached = ordered[0].start if ordered else 0.0
+    for one in ordered:
+        if 0 < one.start - reached < 200:
+            gaps += one.start - reached
+        busy += max(0.0, one.end - max(reached, one.start))
+        reached = max(reached, one.end)
+    by_name: dict[str, list[float]] = {}
+    for one in ordered:
+        by_name.setdefault(one.name, []).append(one.end - one.start)
+    dearest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:30]
+    return {
+        "kernels": round(len(ordered) / num_steps, 2),
+        "busy_us": round(busy / num_steps, 2),
+        "gaps_us": round(gaps / num_steps, 2),
+        "by_name": [
+            {"name": name[:160], "calls": round(len(taken) / num_steps, 2), "us": round(sum(taken) / num_steps, 2)}
+            for name, taken in dearest
+        ],
+    }
+
+
 def _of_session(session: Session, prompts: list[list[int]], names: list[str], ids: list[int]) -> Step:
     _, cache = session.prefill(prompts, names)
     return lambda: session.decode_step(ids, names, cache)
@@ -291,6 +352,7 @@ def figures(case: Case, reference: Session, bandwidth: float) -> dict[str, Any]:
         "bytes_per_step": num_bytes,
         "contenders": found,
         "missing": case.missing,
+        "kernels": case.kernels,
     }
 
 
@@ -451,6 +513,8 @@ def main(
     """Measure, print a line a contender, and one JSON document last."""
     if not torch.cuda.is_available():
         raise click.ClickException("this measures a GPU, and PyTorch finds none here")
+    if reason := probe("cuda").reason:  # it finds CUDA's libraries, too
+        raise click.ClickException(f"onnxruntime can not run on the GPU: {reason}")
 
     def keep(document: dict[str, Any]) -> None:
         if json_file is not None:

@@ -79,10 +79,10 @@ class TorchStep(nn.Module):
         config, attention = self.config, layer.attention
         h, k, d, b = config.num_heads, config.num_kv_heads, config.head_size, x.shape[0]
         mixed = self._routed(layer.attention_norm(x), lambda m, rows: F.linear(rows, packed[m])).view(b, h + 2 * k, 1, d)
-        query, key, value = torch.split(mixed, (h, k, k), dim=1)
+        query, key, value = torch.split(mixed, [h, k, k], dim=1)
         tables = self.decoder.rope_cos, self.decoder.rope_sin
         turned = operators.rotate(torch.cat((query, key), dim=1), *tables, position[:, None], config.rope.style)
-        query, key = torch.split(turned, (h, k), dim=1)
+        query, key = torch.split(turned, [h, k], dim=1)
         rows = torch.arange(b, device=x.device)
         past[0][rows, :, position] = key[:, :, 0]
         past[1][rows, :, position] = value[:, :, 0]

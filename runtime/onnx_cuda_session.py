@@ -29,9 +29,10 @@ from motrt.runtime.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 
-# numpy has no bfloat16: it is carried as its bit pattern, under ONNX's number for it (onnx.TensorProto.BFLOAT16).
-_STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_BFLOAT16 = 16
+# What a cache is to numpy, which has no bfloat16, nor does onnxruntime give arrays of it: such a cache is held as bit patterns,
+# and bound by its address under ONNX's number for what they are (onnx.TensorProto.BFLOAT16).
+_STORED: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_BOUND_AS = {"bfloat16": 16}
 
 _SAY_WHERE = "session.record_ep_graph_assignment_info"
 
@@ -167,14 +168,18 @@ class CudaOnnxSession(OnnxSession):
     def _value(self, stored: np.ndarray[Any, Any]) -> Any:
         """Keys or values on the device."""
         try:
-            if self.signature.cache_dtype != "bfloat16":
-                return ort.OrtValue.ortvalue_from_numpy(stored, self.device, 0)
-            value = ort.OrtValue.ortvalue_from_shape_and_type(stored.shape, _BFLOAT16, self.device, 0)
-            value.update_inplace(stored)
+            return ort.OrtValue.ortvalue_from_numpy(stored, self.device, 0)
         except Exception as failure:
             needed = 2 * self.config.num_layers * stored.nbytes / 1e9
             raise BackendError(f"no memory on the GPU for a cache of {needed:.2f} GB: {failure}") from failure
-        return value
+
+    def _bind_cache(self, binding: Any, past: str, present: str, value: Any) -> None:
+        kind = _BOUND_AS.get(self.signature.cache_dtype)
+        if kind is None:
+            super()._bind_cache(binding, past, present, value)
+        else:
+            for name, bind in ((past, binding.bind_input), (present, binding.bind_output)):
+                bind(name, self.device, 0, kind, value.shape(), value.data_ptr())
 
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         held: Held = cache.buffers.held

@@ -176,9 +176,13 @@ class OnnxSession(Session):
         for graph, loaded in self._loaded.items():
             bindings[graph] = loaded.session.io_binding()
             for (past, present), value in zip(names, values, strict=True):
-                bindings[graph].bind_ortvalue_input(past, value)
-                bindings[graph].bind_ortvalue_output(present, value)
+                self._bind_cache(bindings[graph], past, present, value)
         return BoundBuffers(values, bindings)
+
+    def _bind_cache(self, binding: Any, past: str, present: str, value: Any) -> None:
+        """One buffer as past and present alike, so that it is written in place."""
+        binding.bind_ortvalue_input(past, value)
+        binding.bind_ortvalue_output(present, value)
 
     def grow_buffers(self, buffers: BoundBuffers, capacity: int) -> BoundBuffers:
         grown = []

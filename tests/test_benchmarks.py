@@ -116,3 +116,12 @@ def test_a_contender_that_is_wrong_is_told_and_not_measured(
     race.run(case)
     assert "its logits differ from the reference's" in case.missing[gpu_decode.OURS]
     assert set(case.whole_ms) == {gpu_decode.EAGER}
+
+
+def test_kernels_are_counted_by_step_with_the_gaps_between_them() -> None:
+    spans = [gpu_decode.Span("gemm", 10 * k, 10 * k + 6) for k in range(4)] + [gpu_decode.Span("norm", 6, 8)]
+    spans += [gpu_decode.Span("inside", 31, 34), gpu_decode.Span("gemm", 1000, 1006)]  # a step later, the host waited
+    found = gpu_decode.kernels_of(spans, 2)
+    assert (found["kernels"], found["busy_us"], found["gaps_us"]) == (3.5, 16.0, 5.0)
+    assert found["by_name"][0] == {"name": "gemm", "calls": 2.5, "us": 15.0}
+    assert gpu_decode.kernels_of([], 2)["kernels"] == 0

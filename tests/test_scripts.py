@@ -36,7 +36,7 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
         for backend in ("cuda", "tensorrt", "tensorrt-rtx"):
             part = parts[f"{size}: parity of {backend}"]
             assert part["outcome"] == "skipped" and part["detail"]
-    assert parts["benchmark"]["outcome"] == "skipped"
+    assert parts["race"]["outcome"] == "skipped"
     assert "skipped" in done.stdout and "found.json: the whole of it" in done.stdout
 
 
@@ -64,10 +64,43 @@ def test_a_backend_that_can_be_used_is_exported_for_and_verified(
 
     def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
         commands.append(command)
-        return gpu_check.Part(name, "failed" if "fp16" in command else "passed")
+        failed = "fp16" in command
+        if command[3] == "export" and not failed:
+            (tmp_path / command[5]).mkdir()
+            (tmp_path / command[5] / "manifest.json").touch()
+        return gpu_check.Part(name, "failed" if failed else "passed")
 
     monkeypatch.setattr(check, "run", run)
-    gpu_check.check_parity(check, "tiny", {"cuda": {"usable": True}})
+    gpu_check.check_tiny(check, {"cuda": {"usable": True}})
     asked = [command[3] for command in commands]
-    assert asked == ["init", "export", "export", "verify"]  # what could not be exported is not verified
-    assert commands[-1][-4:] == ["tiny-cuda-bf16", "--backend", "cuda", "--json"]
+    # What could not be exported is not verified.
+    assert asked == ["init", "export", "export", "verify", "export", "verify", "export", "verify"]
+    assert commands[3][-4:] == ["tiny-cuda-bf16", "--backend", "cuda", "--json"]
+
+
+def test_the_full_size_is_made_once_raced_alone_and_proven_last(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = gpu_check.Check(tmp_path, seconds=600)
+    names: list[str] = []
+
+    def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
+        names.append(name)
+        if "export" in name:
+            (tmp_path / command[5]).mkdir()
+            (tmp_path / command[5] / "manifest.json").touch()
+        return gpu_check.Part(name, "passed")
+
+    monkeypatch.setattr(check, "run", run)
+    gpu_check.make_full(check, ["cuda"])
+    gpu_check.check_speed(check)
+    assert names[:2] == ["full: model", "full: export for cuda, bf16"]
+    assert set(names[2:-1]) == {"full: export for cuda, fp16", "full: export for cuda, int4"} and names[-1] == "race"
+
+
+def test_what_a_process_left_is_kept_where_it_was_ended(gpu_check: Any, tmp_path: Path) -> None:
+    check = gpu_check.Check(tmp_path, seconds=60)
+    left = tmp_path / "left.json"
+    writes = f"import time; open({str(left)!r}, 'w').write('{{\"cases\": [1]}}'); time.sleep(60)"
+    part = check.run("race", [sys.executable, "-c", writes], most_seconds=3, leaves=left)
+    assert part.outcome == "timed out" and part.figures == {"cases": [1]}

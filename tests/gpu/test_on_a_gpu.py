@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from motrt.errors import BackendError, InputError
@@ -16,6 +17,7 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime.backends import probe
 from motrt.runtime.engine_record import Range
 from motrt.runtime.load import load
+from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +57,46 @@ def test_it_gives_the_known_answer(backend: str, bundle: Path) -> None:
 def test_auto_takes_a_gpu(backend: str, bundle: Path) -> None:
     with load(bundle) as session:
         assert "CPU" not in session.backend
+
+
+def test_steps_are_recorded_and_nothing_that_computes_is_left_to_the_host(backend: str, bundle: Path) -> None:
+    if backend != "cuda":
+        pytest.skip("of onnxruntime alone")
+    with load(bundle, backend) as session:
+        assert isinstance(session, CudaOnnxSession)
+        graphs = [graph for graph in session._loaded if graph.takes_one_token]
+        assert session._recorded == set(graphs)
+        computing = {"Gemm", "MatMul", "Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "DequantizeLinear"}
+        left = {name: computing & set(found or ()) for name, found in session.elsewhere.items()}
+        assert not any(left.values()), session.elsewhere
+
+
+def test_the_cache_stays_on_the_device_and_is_written_in_place(backend: str, bundle: Path) -> None:
+    if backend != "cuda":
+        pytest.skip("of onnxruntime alone")
+    with load(bundle, backend) as session:
+        _, cache = session.prefill([[1, 2, 3]], "text")
+        values = cache.buffers.held.buffers.values
+        places = [value.data_ptr() for value in values]
+        for _ in range(4):  # recorded, and done again
+            session.decode_step([1], "text", cache)
+        assert [value.data_ptr() for value in values] == places
+        assert all(value.device_name().lower() == "cuda" for value in values)
+        for value in values:
+            written = value.numpy()[0].astype(np.float64).any(axis=(0, 2))  # [k, t, d] -> [t]
+            assert written[:7].all() and not written[7:].any()
+
+
+def test_rows_that_are_joined_go_on_as_they_were(backend: str, bundle: Path) -> None:
+    if backend != "cuda":
+        pytest.skip("engines can not join rows")
+    with load(bundle, backend) as session:
+        caches = [session.prefill([ids], "text")[1] for ids in ([1, 2, 3], [4, 5])]
+        joined = session.join_rows([(cache, 0) for cache in caches])
+        apart = [session.decode_step([6], "text", cache)[0] for cache in caches]
+        for row, alone in zip(session.decode_step([6, 6], "text", joined), apart, strict=True):
+            said, right = row[: TINY.id_ranges[0].stop], alone[: TINY.id_ranges[0].stop]
+            assert np.linalg.norm(said - right) <= 0.02 * np.linalg.norm(right)
 
 
 def test_conversations_in_turn_do_not_disturb_each_other(backend: str, bundle: Path) -> None:
