@@ -348,6 +348,13 @@ def chosen_quantize_options(precision: str, given: dict[str, Any]) -> Any:
     show_default=True,
     help="What to make the bundle for; the canonical graph is in every one.",
 )
+@click.option(
+    "--operators",
+    type=click.Choice(["standard", "onnxruntime"]),
+    default="standard",
+    show_default=True,
+    help="Of the steps of --target cuda: onnxruntime has some of its own, each for several standard ones.",
+)
 @quantize_options
 @engine_options
 @json_option
@@ -360,6 +367,7 @@ def export(
     allow_untrained: bool,
     no_verify: bool,
     target: Any,
+    operators: Any,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -385,6 +393,7 @@ def export(
         target,
         chosen_engine_options(target, {name: value for name, value in chosen.items() if name not in QUANTIZE_NAMES}),
         chosen_quantize_options(precision, {name: chosen[name] for name in QUANTIZE_NAMES}),
+        operators,
     )
     num_bytes = sum(one.num_bytes for one in exported.bundle.manifest.files.values())
     report = None if exported.report is None else exported.report.to_dict()

@@ -170,8 +170,8 @@ class Race:
                     device.append(self.clock.take())
                 case.device_ms.setdefault(name, []).append(device)
                 case.whole_ms.setdefault(name, []).append(whole)
-        for name in (OURS, COMPILED) if self.profiles else ():
-            if name in steps:
+        for name in steps if self.profiles else ():
+            if name.startswith(OURS) or name == COMPILED:
                 case.kernels[name] = profiled(steps[name])
 
     def _warm(self, case: Case, name: str, begin: Callable[[], Step], expected: NDArray[np.float32]) -> Step | None:
@@ -385,7 +385,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
     for panel, case in zip(panels.flat, cases, strict=False):
         bars = {name: one.get("tokens_per_s_device", 0) for name, one in case["contenders"].items()}
         names = sorted(bars, key=lambda name: float(bars[name]))
-        colours = ["#1f6f8b" if name == OURS else "#b8b8b8" for name in names]
+        colours = ["#1f6f8b" if name.startswith(OURS) else "#b8b8b8" for name in names]
         drawn = panel.barh(names, [bars[name] for name in names], color=colours)
         panel.bar_label(drawn, fmt="%.0f", padding=3)
         panel.set_title(f"{case['case']}, rows: {case['rows']}", loc="left")
@@ -409,6 +409,10 @@ def _driver() -> str | None:
     with contextlib.suppress(OSError):
         return Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()[0]
     return None
+
+
+def _operators(bundle: Bundle) -> str:
+    return next((graph.operators for graph in bundle.manifest.graphs), "standard")
 
 
 def our_session(bundle: Bundle, stream: int) -> CudaOnnxSession:
@@ -438,7 +442,7 @@ def raced(
 
     Args:
         model: the checkpoint that the bundles are made of.
-        bundles: ``BACKEND=FOLDER``; of ``cuda`` there is one.
+        bundles: ``BACKEND=FOLDER``; the first of ``cuda`` is what the others are compared with.
         rows: of the cases.
         device: ``cuda``; anything else examines this program, and measures nothing.
         compiles: whether PyTorch is compiled.
@@ -446,23 +450,26 @@ def raced(
         on_case: given what there is after each case, so that nothing is lost where time ends.
     """
     on_gpu = device == "cuda"
-    opened = {backend: open_bundle(folder) for backend, _, folder in (one.partition("=") for one in bundles)}
-    config = next(iter(opened.values())).config
+    opened = [(backend, open_bundle(folder)) for backend, _, folder in (one.partition("=") for one in bundles)]
+    config = opened[0][1].config
     stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
     ends = time.monotonic() + 60 * minutes
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         clock = Clock(on_gpu)
-        precision = next(iter(opened.values())).manifest.precision
+        precision = opened[0][1].manifest.precision
         reference = TorchSession.open(open_checkpoint(model), precision, device, config.max_seq_len)
         race = Race(reference, clock, compiles, ends)
         elsewhere: dict[str, Any] = {}
-        for backend, bundle in opened.items():
+        for backend, bundle in opened:
             if backend != "cuda":
                 race.sessions[backend] = open_session(bundle, backend)
                 continue
             ours = clocked(our_session(bundle, stream.cuda_stream if stream else 0), clock)
-            elsewhere = ours.elsewhere
-            race.sessions[OURS] = ours
+            name = OURS if OURS not in race.sessions else f"{OURS}, {_operators(bundle)} operators"
+            elsewhere[name] = ours.elsewhere
+            race.sessions[name] = ours
+            if name != OURS:
+                continue
             several = [graph for graph in ours._loaded if graph.one_token]
             if several:
                 race.sessions[ALL_EXPERTS] = restricted(ours, (*several, CANONICAL))

@@ -29,7 +29,7 @@ from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.config import MAX_SEQ_LEN, ModelConfig
-from motrt.model_def.graph import ENGINE_TARGETS, TARGETS, Graph, Target, plan_for
+from motrt.model_def.graph import ENGINE_TARGETS, OPERATORS, TARGETS, Graph, Operators, Target, plan_for
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
@@ -105,6 +105,7 @@ def export_bundle(
     target: Target = "onnx",
     engine_options: EngineOptions | None = None,
     quantize_options: QuantizeOptions | None = None,
+    operators: Operators = "standard",
 ) -> Exported:
     """Trace, check, prove, compile where the target asks for it, and write a bundle.
 
@@ -120,6 +121,7 @@ def export_bundle(
         target: what the bundle is made for (see ``plan_for``); the canonical graph is in every one.
         engine_options: for targets that are compiled; None: the usual ones.
         quantize_options: for ``int8``, ``int4`` and ``fp8``; None: the usual ones.
+        operators: ``onnxruntime`` writes the steps of ``cuda`` in that runtime's own operators.
 
     Raises:
         InputError: for formats of weights that do not exist, or do not fit the model.
@@ -134,6 +136,7 @@ def export_bundle(
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
     options = _engine_options(target, engine_options)
+    _refuse_operators(operators, target)
     config, read = _as_exported(checkpoint, max_seq_len, precision in QUANTIZED)
     precision, quantization = _stored_as(precision, quantize_options, config, target)
     if options is not None:
@@ -144,7 +147,7 @@ def export_bundle(
         refuse_unverifiable(precision)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
-    work = _Work(config, precision, quantization, plan_for(target, config), checkpoint, steps)
+    work = _Work(config, precision, quantization, plan_for(target, config, operators), checkpoint, steps)
     with new_folder(out, work.num_bytes(compiled=options is not None), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
@@ -241,6 +244,13 @@ class _Work:
             build_engine(folder / graph.file_name, graph, self.config, self.dtype, options, self.steps, self.quantization)
             for graph in self.graphs
         )
+
+
+def _refuse_operators(operators: Operators, target: Target) -> None:
+    if operators not in OPERATORS:
+        raise InputError(f"operators must be one of {', '.join(OPERATORS)} ({operators!r} came)")
+    if operators != "standard" and target != "cuda":
+        raise InputError(f"--operators {operators} is for --target cuda: nothing else runs them ({target!r} came)")
 
 
 def _engine_options(target: Target, options: EngineOptions | None) -> EngineOptions | None:

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from motrt.errors import ExportError, raise_all
+from motrt.export.onnxruntime_operators import ATTENTION, DOMAIN, NORM
 from motrt.export.quantized_graph import stored_specs
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
@@ -20,6 +21,7 @@ from motrt.model_def.signature import Signature, TensorSpec
 
 _PRODUCTS = ("Gemm", "MatMul")
 _MASK, _NUM_KEYS = 3, 6  # of Attention's inputs: attn_mask, nonpad_kv_seqlen
+_OWN = {(DOMAIN, kind, "onnxruntime") for kind in (ATTENTION, NORM)}
 _BRANCHES = ("If", "Loop", "Scan")  # they force a synchronisation with the host, and hide what they do not take
 
 
@@ -110,7 +112,7 @@ def census_problems(
     problems = [
         f"{node.op_type} ({node.name}) is of domain {node.domain!r}, not a standard operator"
         for node in model.graph.node
-        if node.domain not in ("", "ai.onnx")
+        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type, graph.operators) not in _OWN
     ]
     counts = census(model)
     problems += [f"{counts[branch]} x {branch}: the graph should have no branches" for branch in _BRANCHES if branch in counts]
@@ -127,6 +129,11 @@ def census_problems(
         "RMSNormalization": norms,
         "Gemm": products + heads,
     }
+    if graph.operators == "onnxruntime":
+        # One operator for five of attention's, and one for each norm of a sum: the last is none where rows are picked before it.
+        sums = 2 * layers - (0 if graph.is_step else 1)
+        expected |= {"Attention": 0, "TensorScatter": 0, "RotaryEmbedding": 0, "RMSNormalization": norms - sums}
+        expected |= {ATTENTION: layers, NORM: sums}
     if quantization is not None:
         expected["DequantizeLinear"] = len(packed)
     if graph.routing != "gather":
@@ -164,6 +171,12 @@ def attribute_problems(model: onnx.ModelProto, config: ModelConfig) -> list[str]
         ("Attention", "scale"): config.head_size**-0.5,
         ("Attention", "is_causal"): 0,
         ("Attention", "softcap"): 0.0,
+        (NORM, "epsilon"): config.norm_eps,
+        (ATTENTION, "num_heads"): config.num_heads,
+        (ATTENTION, "kv_num_heads"): config.num_kv_heads,
+        (ATTENTION, "scale"): config.head_size**-0.5,
+        (ATTENTION, "do_rotary"): 1,
+        (ATTENTION, "rotary_interleaved"): int(config.rope.style == "interleaved"),
         ("RotaryEmbedding", "interleaved"): int(config.rope.style == "interleaved"),
         ("RotaryEmbedding", "rotary_embedding_dim"): 0,
         ("Gelu", "approximate"): b"none",

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from motrt.errors import ExportError
 from motrt.export.example_inputs import dynamic_shapes, example_inputs
+from motrt.export.onnxruntime_operators import use_onnxruntime_operators
 from motrt.export.quantized_graph import quantize_graph
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
@@ -125,6 +126,8 @@ def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantizatio
     _name_inputs_and_outputs(model, signature)
     if quantization is not None:
         quantize_graph(model, config, quantization, dtype)
+    if graph.operators == "onnxruntime":
+        use_onnxruntime_operators(model, config, graph)
     return model
 
 

@@ -17,7 +17,9 @@ from motrt.model_def.parameters import Parameter, parameters
 
 Target = Literal["onnx", "cuda", "tensorrt", "tensorrt-rtx"]
 RoutingKind = Literal["gather", "select", "fixed"]
+Operators = Literal["standard", "onnxruntime"]
 
+OPERATORS: tuple[Operators, ...] = ("standard", "onnxruntime")
 TARGETS: tuple[Target, ...] = ("onnx", "cuda", "tensorrt", "tensorrt-rtx")
 ENGINE_TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -36,6 +38,7 @@ class Graph:
         masked: whether attention is told which keys it sees by a mask. A step can be told their number instead, which lets
             onnxruntime on a GPU use kernels that take no mask (docs/decisions/0017).
         one_token: whether it takes one new token per row, as a step does, though of any modality.
+        operators: ``onnxruntime`` where it is written in that runtime's own operators, as far as there are such.
     """
 
     name: str = "model"
@@ -45,6 +48,7 @@ class Graph:
     capacity: int | None = None
     masked: bool = True
     one_token: bool = False
+    operators: Operators = "standard"
 
     @property
     def is_step(self) -> bool:
@@ -78,6 +82,7 @@ class Graph:
             "capacity": self.capacity,
             "masked": self.masked,
             "one_token": self.one_token,
+            "operators": self.operators,
         }
 
     @classmethod
@@ -87,8 +92,8 @@ class Graph:
         Raises:
             ConfigError: when it is no graph of ``config``.
         """
-        known = {one for target in TARGETS for one in plan_for(target, config)}
-        since = {"masked": True, "one_token": False}  # what older manifests do not say
+        known = {one for target in TARGETS for how in OPERATORS for one in plan_for(target, config, how)}
+        since = {"masked": True, "one_token": False, "operators": "standard"}  # what older manifests do not say
         found = next((one for one in known if one.to_dict() == since | values), None)
         if found is None:
             raise ConfigError(f"{values!r} is no graph of this model and version")
@@ -98,20 +103,20 @@ class Graph:
 CANONICAL = Graph()
 
 
-def plan_for(target: Target, config: ModelConfig) -> tuple[Graph, ...]:
+def plan_for(target: Target, config: ModelConfig, operators: Operators = "standard") -> tuple[Graph, ...]:
     """The graphs of ``target`` beside the canonical one, most special first: a pass takes the first that serves it.
 
     - ``onnx``: none; the canonical graph serves every mix, and what is absent costs nothing.
     - ``cuda``: a step for every pair of modalities and one for rows of several, with no ``NonZero`` in them, which would wait
       for the host and forbid CUDA graphs; prompts go through the canonical graph. Attention knows the number of keys, and needs
-      no mask.
+      no mask. These can be written in onnxruntime's own operators.
     - ``tensorrt``, ``tensorrt-rtx``: the same steps, and a graph for prompts and mixed batches that gathers nothing by value,
       which TensorRT can not parse. Their caches hold the model's maximum, since TensorRT wants to know it beforehand.
     """
     capacity = config.max_seq_len
     steps = (*_decode_steps(config, capacity), *_change_overs(config, capacity))
     several = (Graph("decode.mixed", "select", capacity=capacity, one_token=True),) if len(config.modalities) > 1 else ()
-    unmasked = tuple(replace(step, masked=False) for step in (*steps, *several))
+    unmasked = tuple(replace(step, masked=False, operators=operators) for step in (*steps, *several))
     prompts = Graph("prefill", "select", capacity=capacity)
     return {"onnx": (), "cuda": unmasked, "tensorrt": (*steps, prompts), "tensorrt-rtx": (*steps, prompts)}[target]
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import onnx
 import pytest
@@ -17,29 +18,32 @@ from motrt.export.parity.gate import Subject, climb
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.graph import CANONICAL, Graph, Target, plan_for
+from motrt.model_def.graph import CANONICAL, Graph, Operators, Target, plan_for
 from motrt.model_def.parameters import parameters
 from motrt.model_def.signature import CACHE_POSITION
 from motrt.tests.conftest import Trace
 from motrt.tests.export.models import ONE, THREE, TIED, TINY
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
-Write = Callable[[ModelConfig, Target], Path]
+
+
+class Write(Protocol):
+    def __call__(self, config: ModelConfig, target: Target, operators: Operators = "standard") -> Path: ...
 
 
 @pytest.fixture(scope="session")
 def write(make_checkpoint: MakeCheckpoint, trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Write:
     """A folder with the canonical graph and those of a target, made once for each."""
-    made: dict[tuple[str, Target], Path] = {}
+    made: dict[tuple[str, Target, Operators], Path] = {}
 
-    def make(config: ModelConfig, target: Target) -> Path:
-        key = (config.to_json(), target)
+    def make(config: ModelConfig, target: Target, operators: Operators = "standard") -> Path:
+        key = (config.to_json(), target, operators)
         if key not in made:
             folder = made[key] = tmp_path_factory.mktemp("graphs")
             model = trace(config, "float32")
             attach_weights(model, config, "float32", open_checkpoint(make_checkpoint(config)).read)
             write_onnx(model, folder)
-            for graph in plan_for(target, config):
+            for graph in plan_for(target, config, operators):
                 write_derived(trace(config, "float32", graph), graph, folder)
         return made[key]
 
@@ -88,8 +92,8 @@ def test_the_check_of_a_step_refuses_the_canonical_graph(write: Write) -> None:
         check_onnx(write(TINY, "tensorrt") / "model.onnx", TINY, "float32", Graph("step", "fixed", 0, 0, TINY.max_seq_len))
 
 
-def climbed(folder: Path, config: ModelConfig, checkpoint: Path, target: Target) -> Report:
-    subject = Subject(folder / "model.onnx", config, "fp32", {}, plan_for(target, config))
+def climbed(folder: Path, config: ModelConfig, checkpoint: Path, target: Target, operators: Operators = "standard") -> Report:
+    subject = Subject(folder / "model.onnx", config, "fp32", {}, plan_for(target, config, operators))
     return climb(subject, open_checkpoint(checkpoint), Steps(), num_threads=1)
 
 
@@ -107,6 +111,47 @@ def test_the_graphs_for_onnxruntime_on_a_gpu_climb_it_too(write: Write, tiny_che
     report = climbed(write(TINY, "cuda"), TINY, tiny_checkpoint, "cuda")
     assert not [one for one in report.findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)]
     assert {one.graph for one in report.findings} >= {graph.name for graph in plan_for("cuda", TINY)}
+
+
+@pytest.mark.parametrize("config", [TINY, QK_NORM], ids=["tiny", "norms of queries and keys"])
+def test_so_do_graphs_in_onnxruntimes_own_operators(config: ModelConfig, write: Write, make_checkpoint: MakeCheckpoint) -> None:
+    folder, graphs = write(config, "cuda", "onnxruntime"), plan_for("cuda", config, "onnxruntime")
+    for graph in graphs:
+        counts = check_onnx(folder / graph.file_name, config, "float32", graph)
+        assert counts["GroupQueryAttention"] == config.num_layers and "TensorScatter" not in counts
+    report = climbed(folder, config, make_checkpoint(config), "cuda", "onnxruntime")
+    assert not [one for one in report.findings if one.outcome not in (Outcome.PASS, Outcome.SKIPPED)]
+    assert {one.graph for one in report.findings} >= {graph.name for graph in graphs}
+
+
+@pytest.mark.parametrize(
+    ("operator", "attribute", "value"),
+    [("GroupQueryAttention", "rotary_interleaved", 0), ("SkipSimplifiedLayerNormalization", "epsilon", 0.1)],
+)
+def test_a_wrong_number_in_one_of_those_is_seen(
+    operator: str, attribute: str, value: float, write: Write, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(write(TINY, "cuda", "onnxruntime"), tmp_path / "graphs"))
+
+    def doctor(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == operator:
+                kept = [one for one in node.attribute if one.name != attribute]
+                del node.attribute[:]
+                node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+
+    assert TINY.rope.style == "interleaved"
+    change(folder / "decode.text.onnx", doctor)
+    findings = failed(climbed(folder, TINY, tiny_checkpoint, "cuda", "onnxruntime"))
+    assert {one.graph for one in findings} == {"decode.text"} and {"P1", "P4"} <= {one.rung for one in findings}
+
+
+def test_those_operators_are_expected_where_they_were_asked_for_alone(write: Write) -> None:
+    step, own = plan_for("cuda", TINY)[0], plan_for("cuda", TINY, "onnxruntime")[0]
+    model = onnx.load(write(TINY, "cuda", "onnxruntime") / own.file_name, load_external_data=False)
+    assert census_problems(model, TINY, own) == []
+    problems = " ".join(census_problems(model, TINY, step))
+    assert "is of domain 'com.microsoft'" in problems and "0 x Attention, 2 were expected" in problems
 
 
 @pytest.fixture

@@ -329,6 +329,32 @@ def steps(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFact
     return export_bundle(make_checkpoint(TINY), out, "int4", target="cuda", quantize_options=options)
 
 
+def test_codes_are_multiplied_in_onnxruntimes_own_operators_too(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, steps: Exported
+) -> None:
+    options = QuantizeOptions(symmetric=False, activations="fp32")
+    made = export_bundle(
+        make_checkpoint(TINY.replace(num_layers=1)),
+        tmp_path / "b",
+        "int4",
+        target="cuda",
+        quantize_options=options,
+        operators="onnxruntime",
+    )
+    assert made.report is not None and made.report.verdict in (Outcome.PASS, Outcome.AMBIGUOUS)
+    assert {one.operators for one in made.bundle.manifest.graphs} == {"onnxruntime"}
+    assert open_bundle(made.bundle.path).manifest.graphs == made.bundle.manifest.graphs
+
+
+@pytest.mark.parametrize(("target", "operators"), [("onnx", "onnxruntime"), ("tensorrt-rtx", "onnxruntime"), ("cuda", "mine")])
+def test_operators_that_nothing_would_run_are_refused(
+    target: Any, operators: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="operators"):
+        export_bundle(make_checkpoint(TINY), tmp_path / "b", target=target, operators=operators)
+    assert not (tmp_path / "b").exists()
+
+
 def test_derived_graphs_read_the_same_codes(steps: Exported) -> None:
     assert steps.report is not None and steps.report.verdict in (Outcome.PASS, Outcome.AMBIGUOUS)
     assert {one.graph for one in steps.report.findings} > {"decode.text", "change.audio.text"}
