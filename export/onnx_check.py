@@ -130,7 +130,7 @@ def census_problems(
         "Gemm": products + heads,
     }
     if graph.operators == "onnxruntime":
-        # One operator for five of attention's, and one for each norm of a sum: the last is none where rows are picked before it.
+        # One operator for five of attention's, one for each norm of a sum: the last is none where rows are picked before it.
         sums = 2 * layers - (0 if graph.is_step else 1)
         expected |= {"Attention": 0, "TensorScatter": 0, "RotaryEmbedding": 0, "RMSNormalization": norms - sums}
         expected |= {ATTENTION: layers, NORM: sums}

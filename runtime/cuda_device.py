@@ -102,6 +102,16 @@ class CudaDevice:
             self._cuda.memcpy(values.ctypes.data, buffer.address, values.nbytes, self._kinds.DeviceToHost, self.stream)
             self._cuda.stream_synchronize(self.stream)
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Copy from one address of the device to another, in the order of the stream."""
+        with _told("copying on the GPU"):
+            self._cuda.memcpy(target, source, num_bytes, self._kinds.DeviceToDevice, self.stream)
+
+    def finish(self) -> None:
+        """Return when everything on the stream is done."""
+        with _told("computing, or copying on the GPU"):
+            self._cuda.stream_synchronize(self.stream)
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What ``work`` puts on the stream, as one call that does it again: a CUDA graph.
 

@@ -21,10 +21,11 @@ import onnxruntime as ort
 from motrt.errors import BackendError
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
+from motrt.runtime.cuda_device import CudaDevice
 from motrt.runtime.graph_choice import as_contract, choose, feed
 from motrt.runtime.kv_cache import KVCache
-from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession, joined_arrays
-from motrt.runtime.session import Logits, Session
+from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession
+from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class CudaOnnxSession(OnnxSession):
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[int, int], list[Held]] = {}
         self._lock = threading.Lock()  # what is recorded is one conversation's at a time
+        self._copiers: list[CudaDevice | None] = []
         self.elsewhere: dict[str, dict[str, int] | None] = {}
         super().__init__(model, config, graphs=graphs)
         self.backend = "onnxruntime (CUDA)"
@@ -142,16 +144,42 @@ class CudaOnnxSession(OnnxSession):
         return Lease(held, idle)
 
     def join_buffers(self, rows: Sequence[tuple[Any, int]], capacity: int) -> Any:
-        """By way of the host's memory: steps are recorded over buffers that never move, so rows are copied into such."""
         lease = self.make_buffers(len(rows), capacity)
-        joined = joined_arrays([(buffers.held.buffers, row) for buffers, row in rows], capacity)
-        for value, array in zip(lease.held.buffers.values, joined, strict=True):
-            value.update_inplace(array)
+        self._put(lease.held, dict(enumerate(rows)))
         return lease
 
     def replace_buffers(self, buffers: Any, rows: Mapping[int, tuple[Any, int]], batch_size: int, capacity: int) -> Any:
-        """By way of the host's memory, where the CPU's session writes in place."""
-        return Session.replace_buffers(self, buffers, rows, batch_size, capacity)
+        """In place: what is recorded over the batch's memory stays."""
+        self._put(buffers.held, rows)
+        return buffers
+
+    def _put(self, held: Held, rows: Mapping[int, tuple[Any, int]]) -> None:
+        """Copies of others' rows in the places named. Every cache has the model's maximum, so a row is as long in each."""
+        with self._lock:
+            copier = self._copier()
+            for number, into in enumerate(held.buffers.values):
+                sources = {place: (lease.held.buffers.values[number], row) for place, (lease, row) in rows.items()}
+                if copier is None:
+                    array = into.numpy()
+                    for place, (source, row) in sources.items():
+                        array[place] = source.numpy()[row]
+                    into.update_inplace(array)
+                    continue
+                size = into.tensor_size_in_bytes() // into.shape()[0]
+                for place, (source, row) in sources.items():
+                    copier.copy(into.data_ptr() + place * size, source.data_ptr() + row * size, size)
+            if copier is not None:
+                copier.finish()
+
+    def _copier(self) -> Any:
+        """What copies from device to device; None where nothing does, and the host's memory is the way."""
+        if not self._copiers:
+            try:
+                self._copiers.append(CudaDevice())
+            except BackendError as failure:
+                logger.warning("rows join a batch by way of the host's memory, which is slow: %s", failure)
+                self._copiers.append(None)
+        return self._copiers[0]
 
     def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""
@@ -226,6 +254,8 @@ class CudaOnnxSession(OnnxSession):
 
     def release(self) -> None:
         self._idle.clear()
+        if self._copiers and self._copiers[0] is not None:
+            self._copiers[0].close()
         super().release()
 
 

@@ -1,5 +1,6 @@
 """onnxruntime on a GPU, as far as a CPU can tell: the same session with the host's memory for the device's."""
 
+import ctypes
 import gc
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,23 @@ from motrt.tests.export.models import torch_session
 TINY = ModelConfig.tiny()
 TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
 STEPS = plan_for("cuda", TINY)
+
+
+class Copier:
+    """Copies from device to device, where the device is the host."""
+
+    def __init__(self) -> None:
+        self.num_copied = self.num_finished = 0
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        ctypes.memmove(target, source, num_bytes)
+        self.num_copied += num_bytes
+
+    def finish(self) -> None:
+        self.num_finished += 1
+
+    def close(self) -> None:
+        pass
 
 
 class OnTheHost(CudaOnnxSession):
@@ -192,15 +210,25 @@ def test_conversations_in_turn_do_not_disturb_each_other(bundle: Path) -> None:
         assert said == expected
 
 
-def test_rows_take_the_places_of_others_by_way_of_the_host(bundle: Path) -> None:
+@pytest.mark.parametrize("copies", [True, False], ids=["on the device", "by way of the host"])
+def test_rows_take_the_places_of_others(copies: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copier = Copier()
     with opened(bundle) as session:
+        if copies:
+            session._copiers.append(copier)  # type: ignore[arg-type]
         _, coming = session.prefill([TEXT], "audio")
-        _, cache = session.prefill([AUDIO, TEXT], "audio")
+        _, cache = session.prefill([AUDIO, TEXT[::-1]], "audio")
+        (other,) = session.decode_step([AUDIO[0]], "audio", session.join_rows([(cache, 1)]))
+        before = cache.buffers
         session.replace_rows(cache, {0: (coming, 0)})
+        assert cache.buffers is before  # in place: what is recorded over it stays
         (expected,) = session.decode_step([AUDIO[0]], "audio", coming)
         came = session.decode_step([AUDIO[0]] * 2, "audio", cache)
-        for row in came:
-            np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+        for row, right in zip(came, (expected, other), strict=True):
+            np.testing.assert_allclose(row, right, rtol=1e-4, atol=1e-5)
+    if copies:
+        a_row = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.max_seq_len * TINY.head_size * 4
+        assert copier.num_copied == 2 * a_row and copier.num_finished == 2
 
 
 def test_where_steps_can_not_be_recorded_they_are_done_as_they_are(
