@@ -153,7 +153,7 @@ def export_bundle(
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
         with steps.step("hash the checkpoint", checkpoint.num_bytes) as advance:
             source = {"path": str(checkpoint.path.resolve()), "sha256": checkpoint.sha256(advance)}
-        operators = work.write_graphs(folder, read)
+        census = work.write_graphs(folder, read)
         with steps.step("hash the bundle", work.weight_bytes) as advance:
             files = record_files(folder, advance)
         # The graphs on the CPU, where its kernels know the precision; then what the target runs, where its GPU is here.
@@ -167,7 +167,7 @@ def export_bundle(
             source=source,
             versions=installed_versions(),
             parity=None if report is None else report.to_dict(),
-            operators=operators,
+            operators=census,
             target=target,
             graphs=work.graphs,
             engines=engines,

@@ -87,7 +87,7 @@ class _Rewriter:
         )
         mixed, *present = fused.outputs
         self._graph.insert_before(attention, fused)
-        mixed.name, mixed.dtype = f"{name}/mixed", keys.dtype
+        mixed.name, mixed.type = f"{name}/mixed", keys.type
         for new, old in zip(present, (keys, values), strict=True):
             wanted, old.name = old.name, f"{old.name}/before"
             new.name, new.type, new.shape = wanted, old.type, old.shape
@@ -115,7 +115,7 @@ class _Rewriter:
         normed, mean, scale, summed = fused.outputs
         mean.name = scale.name = ""  # not asked for
         for new, old in ((normed, norm.outputs[0]), (summed, total)):
-            new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
+            new.name, new.type, new.shape = old.name, old.type, old.shape
             old.name = f"{old.name}/before"
             ir.convenience.replace_all_uses_with(old, new)
         self._graph.remove([norm, add], safe=True)
