@@ -78,7 +78,7 @@ class CudaDevice:
                 "rows, or export with a smaller --max-seq-len"
             ) from failure
         buffer = DeviceBuffer(self, address, num_bytes)
-        self._call("cudaMemsetAsync", _pointer(address), ctypes.c_int(0), ctypes.c_size_t(num_bytes), _pointer(self.stream))
+        self.zero(address, num_bytes)
         return buffer
 
     def free(self, address: int) -> None:
@@ -106,6 +106,10 @@ class CudaDevice:
         """Copy from one address of the device to another, in the order of the stream."""
         with _told("copying on the GPU"):
             self._cuda.memcpy(target, source, num_bytes, self._kinds.DeviceToDevice, self.stream)
+
+    def zero(self, address: int, num_bytes: int) -> None:
+        """Fill memory of the device with zeros, in the order of the stream."""
+        self._call("cudaMemsetAsync", _pointer(address), ctypes.c_int(0), ctypes.c_size_t(num_bytes), _pointer(self.stream))
 
     def finish(self) -> None:
         """Return when everything on the stream is done."""

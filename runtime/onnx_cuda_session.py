@@ -8,6 +8,7 @@ used again.
 
 import itertools
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ _STORED: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "float1
 _BOUND_AS = {"bfloat16": 16}
 
 _SAY_WHERE = "session.record_ep_graph_assignment_info"
+_WEIGHTS_APART = "session.use_device_allocator_for_initializers"  # exactly their size, and not an arena's
 
 
 # Caches of one shape that are kept for the next conversation: device memory that nobody uses.
@@ -108,17 +110,19 @@ class CudaOnnxSession(OnnxSession):
         self._lock = threading.Lock()  # what is recorded is one conversation's at a time
         self._copiers: list[CudaDevice | None] = []
         self.elsewhere: dict[str, dict[str, int] | None] = {}
-        super().__init__(model, config, graphs=graphs)
+        super().__init__(model, config, graphs=graphs, exact_activations=True)
         self.backend = "onnxruntime (CUDA)"
         self.smallest_capacity = config.max_seq_len  # growing would move what is recorded
 
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
         # TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
-        settings = {"use_tf32": "0", **self._stream}
+        # Memory is asked for as it is needed: an arena that doubles would keep half of the GPU to itself.
+        settings = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", **self._stream}
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         options.add_session_config_entry(_SAY_WHERE, "1")
+        options.add_session_config_entry(_WEIGHTS_APART, "1")
         try:
             loaded = super()._open(graph, file, options, instead)
         except BackendError as failure:
@@ -132,16 +136,23 @@ class CudaOnnxSession(OnnxSession):
         return loaded
 
     def make_buffers(self, batch_size: int, capacity: int) -> Any:
-        idle = self._idle.setdefault((batch_size, capacity), [])
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
-        nothing = np.zeros(shape, _STORED[self.signature.cache_dtype])
+        idle = self._idle.setdefault((batch_size, capacity), [])
         with self._lock:
-            held = idle.pop() if idle else None
-        if held is None:
-            return Lease(self._held(nothing), idle)
+            held = idle.pop() if idle else self._held(shape)
+            self._empty(held, shape)
+        return Lease(held, idle)
+
+    def _empty(self, held: Held, shape: tuple[int, ...]) -> None:
+        copier = self._copier()
+        if copier is not None:
+            for value in held.buffers.values:
+                copier.zero(value.data_ptr(), value.tensor_size_in_bytes())
+            copier.finish()
+            return
+        nothing = np.zeros(shape, _STORED[self.signature.cache_dtype])
         for value in held.buffers.values:
             value.update_inplace(nothing)
-        return Lease(held, idle)
 
     def join_buffers(self, rows: Sequence[tuple[Any, int]], capacity: int) -> Any:
         lease = self.make_buffers(len(rows), capacity)
@@ -177,28 +188,30 @@ class CudaOnnxSession(OnnxSession):
             try:
                 self._copiers.append(CudaDevice())
             except BackendError as failure:
-                logger.warning("rows join a batch by way of the host's memory, which is slow: %s", failure)
+                # As text: who keeps the exception keeps the frames that it came through, and a cache with them.
+                logger.warning("caches are emptied and joined by way of the host's memory, which is slow: %s", str(failure))
                 self._copiers.append(None)
         return self._copiers[0]
 
-    def _held(self, nothing: np.ndarray[Any, Any]) -> Held:
+    def _held(self, shape: tuple[int, ...]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""
         count = 2 * self.config.num_layers
         try:
-            return Held(self._bind([self._value(nothing.copy()) for _ in range(count)]))
+            return Held(self._bind([self._value(shape) for _ in range(count)]))
         except BackendError:
             if not any(self._idle.values()):
                 raise
             for idle in self._idle.values():
                 idle.clear()
-            return Held(self._bind([self._value(nothing.copy()) for _ in range(count)]))
+            return Held(self._bind([self._value(shape) for _ in range(count)]))
 
-    def _value(self, stored: np.ndarray[Any, Any]) -> Any:
-        """Keys or values on the device."""
+    def _value(self, shape: tuple[int, ...]) -> Any:
+        """Keys or values on the device, whatever was there before."""
+        stored = np.dtype(_STORED[self.signature.cache_dtype])
         try:
-            return ort.OrtValue.ortvalue_from_numpy(stored, self.device, 0)
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, stored.type, self.device, 0)
         except Exception as failure:
-            needed = 2 * self.config.num_layers * stored.nbytes / 1e9
+            needed = 2 * self.config.num_layers * math.prod(shape) * stored.itemsize / 1e9
             raise BackendError(f"no memory on the GPU for a cache of {needed:.2f} GB: {failure}") from failure
 
     def _bind_cache(self, binding: Any, past: str, present: str, value: Any) -> None:

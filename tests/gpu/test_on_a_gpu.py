@@ -118,5 +118,5 @@ def test_a_cache_that_is_too_large_leaves_the_session_usable(backend: str, bundl
     with load(bundle, backend) as session:
         _, cache = session.prefill([[1, 2, 3]], "text")
         with pytest.raises((BackendError, InputError)):
-            session.new_cache(10**7, TINY.max_seq_len)
+            session.new_cache(10**8, TINY.max_seq_len)
         session.decode_step([1], "text", cache)
