@@ -79,10 +79,9 @@ def test_a_backend_that_can_be_used_is_exported_for_and_verified(
     assert commands[3][-4:] == ["tiny-cuda-bf16", "--backend", "cuda", "--json"]
 
 
-def test_the_full_size_is_made_once_raced_alone_and_proven_last(
-    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check = gpu_check.Check(tmp_path, seconds=600)
+def made_full(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
+    """The names of what is run of the full size, where every part of it passes."""
+    check = gpu_check.Check(tmp_path, seconds=seconds)
     names: list[str] = []
 
     def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
@@ -93,10 +92,28 @@ def test_the_full_size_is_made_once_raced_alone_and_proven_last(
         return gpu_check.Part(name, "passed")
 
     monkeypatch.setattr(check, "run", run)
-    gpu_check.make_full(check, ["cuda"])
+    gpu_check.make_full(check, ["cuda"], True, gpu_check.RACE_SECONDS)
     gpu_check.check_speed(check)
+    for kind in gpu_check.KINDS["full"]:
+        gpu_check.prove_bundle(check, "full", "cuda", kind)
+    return names
+
+
+def test_the_full_size_is_made_once_proven_once_and_raced_alone(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = made_full(gpu_check, tmp_path, monkeypatch, 600)
+    exports, proofs = (
+        {f"full: {what} cuda, {kind}" for kind in gpu_check.KINDS["full"]} for what in ("export for", "parity of")
+    )
     assert names[0] == "full: model" and names[-1] == "race"
-    assert set(names[1:-1]) == {f"full: export for cuda, {kind}" for kind in gpu_check.KINDS["full"]}
+    assert set(names[1:-1]) == exports | proofs and len(names) == 2 + len(exports) + len(proofs)
+
+
+def test_proofs_leave_the_race_its_time(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = made_full(gpu_check, tmp_path, monkeypatch, gpu_check.RACE_SECONDS)
+    assert names.index("race") == 1 + len(gpu_check.KINDS["full"])  # the model, the bundles, and then at once
+    assert len(names) == 2 + 2 * len(gpu_check.KINDS["full"])
 
 
 def test_what_a_process_left_is_kept_where_it_was_ended(gpu_check: Any, tmp_path: Path) -> None:
