@@ -528,9 +528,9 @@ def main(
             json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     document = raced(model, bundles, rows, "cuda", compiles, minutes, keep)
+    leave(document, json_file)
     if chart is not None:
         draw(document, chart)
-    leave(document, json_file)
 
 
 if __name__ == "__main__":
