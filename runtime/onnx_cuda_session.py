@@ -3,7 +3,7 @@
 The cache lies on the device and stays there. A graph of one token per row (nothing in it asks the host) is recorded as a CUDA
 graph by onnxruntime: its inputs and logits then have memory of their own on the device, a pass copies two small arrays there
 and one array of logits back, and nothing else moves. What is recorded belongs to addresses, so caches that are given up are
-used again.
+used again; onnxruntime keeps every record as long as the session, and one for each thread that computes.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ _BOUND_AS = {"bfloat16": 16}
 _SAY_WHERE = "session.record_ep_graph_assignment_info"
 _WEIGHTS_APART = "session.use_device_allocator_for_initializers"  # exactly their size, and not an arena's
 
+
+# Memory taken by another thread, for whatever session, would break what is just being recorded: all sessions take turns.
+_ONE_AT_A_TIME = threading.RLock()
 
 # Caches of one shape that are kept for the next conversation: device memory that nobody uses.
 MOST_IDLE = 2
@@ -82,6 +86,8 @@ class CudaOnnxSession(OnnxSession):
         graphs: which graphs to load, most special first.
         records_steps: whether steps are recorded as CUDA graphs. Where onnxruntime can not, they are done as they are.
         stream: the CUDA stream to compute on, by its address (torch: ``stream.cuda_stream``); 0: onnxruntime's own.
+        attention_kernels: which kernels attention may take, as onnxruntime numbers them (``sdpa_kernel``: 1 flash, 8 cuDNN); 0:
+            what it thinks best, which since 1.30 is cuDNN's on Hopper and newer.
 
     Attributes:
         elsewhere: by graph, the operators that onnxruntime did not put on the GPU, and how many of each; what computes shapes
@@ -102,13 +108,13 @@ class CudaOnnxSession(OnnxSession):
         graphs: Sequence[Graph] = (CANONICAL,),
         records_steps: bool = True,
         stream: int = 0,
+        attention_kernels: int = 0,
     ) -> None:
         self._recorded = {graph for graph in graphs if graph.takes_one_token} if records_steps else set()
-        self._stream = {"user_compute_stream": str(stream)} if stream else {}
+        self._asked = {"user_compute_stream": str(stream)} if stream else {}
+        self._asked |= {"sdpa_kernel": str(attention_kernels)} if attention_kernels else {}
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[int, int], list[Held]] = {}
-        self._lock = threading.Lock()  # what is recorded is one conversation's at a time
-        self._copiers: list[CudaDevice | None] = []
         self.elsewhere: dict[str, dict[str, int] | None] = {}
         super().__init__(model, config, graphs=graphs, exact_activations=True)
         self.backend = "onnxruntime (CUDA)"
@@ -117,7 +123,7 @@ class CudaOnnxSession(OnnxSession):
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
         # TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
         # Memory is asked for as it is needed: an arena that doubles would keep half of the GPU to itself.
-        settings = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", **self._stream}
+        settings = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", **self._asked}
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
@@ -138,17 +144,16 @@ class CudaOnnxSession(OnnxSession):
     def make_buffers(self, batch_size: int, capacity: int) -> Any:
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
         idle = self._idle.setdefault((batch_size, capacity), [])
-        with self._lock:
+        with _ONE_AT_A_TIME:
             held = idle.pop() if idle else self._held(shape)
             self._empty(held, shape)
         return Lease(held, idle)
 
     def _empty(self, held: Held, shape: tuple[int, ...]) -> None:
-        copier = self._copier()
-        if copier is not None:
+        if self._copier is not None:
             for value in held.buffers.values:
-                copier.zero(value.data_ptr(), value.tensor_size_in_bytes())
-            copier.finish()
+                self._copier.zero(value.data_ptr(), value.tensor_size_in_bytes())
+            self._copier.finish()
             return
         nothing = np.zeros(shape, _STORED[self.signature.cache_dtype])
         for value in held.buffers.values:
@@ -166,8 +171,8 @@ class CudaOnnxSession(OnnxSession):
 
     def _put(self, held: Held, rows: Mapping[int, tuple[Any, int]]) -> None:
         """Copies of others' rows in the places named. Every cache has the model's maximum, so a row is as long in each."""
-        with self._lock:
-            copier = self._copier()
+        with _ONE_AT_A_TIME:
+            copier = self._copier
             for number, into in enumerate(held.buffers.values):
                 sources = {place: (lease.held.buffers.values[number], row) for place, (lease, row) in rows.items()}
                 if copier is None:
@@ -182,16 +187,15 @@ class CudaOnnxSession(OnnxSession):
             if copier is not None:
                 copier.finish()
 
-    def _copier(self) -> Any:
+    @cached_property
+    def _copier(self) -> CudaDevice | None:
         """What copies from device to device; None where nothing does, and the host's memory is the way."""
-        if not self._copiers:
-            try:
-                self._copiers.append(CudaDevice())
-            except BackendError as failure:
-                # As text: who keeps the exception keeps the frames that it came through, and a cache with them.
-                logger.warning("caches are emptied and joined by way of the host's memory, which is slow: %s", str(failure))
-                self._copiers.append(None)
-        return self._copiers[0]
+        try:
+            return CudaDevice()
+        except BackendError as failure:
+            # As text: who keeps the exception keeps the frames that it came through, and a cache with them.
+            logger.warning("caches are emptied and joined by way of the host's memory, which is slow: %s", str(failure))
+            return None
 
     def _held(self, shape: tuple[int, ...]) -> Held:
         """New memory; where there is none left, what is kept for others is given up first."""
@@ -225,12 +229,19 @@ class CudaOnnxSession(OnnxSession):
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         held: Held = cache.buffers.held
         loaded = self._loaded[choose(self._loaded, inputs)]
-        with self._lock:
+        with _ONE_AT_A_TIME:
             if loaded.graph not in self._recorded:
-                return self._run(loaded, held.buffers, inputs)
+                return self._run(loaded, held.buffers, inputs, _not_recorded())
             if loaded.graph not in held.steps:
                 held.steps[loaded.graph] = self._step(loaded, held, inputs)
-            return self._run_recorded(loaded, held, inputs)
+            try:
+                return self._run_recorded(loaded, held, inputs)
+            except BackendError as failure:
+                if self.passes[loaded.graph.name]:
+                    raise
+                logger.warning("steps of %s are not recorded as a CUDA graph: %s", loaded.graph.name, str(failure))
+                self._recorded.discard(loaded.graph)
+                return self._run(loaded, held.buffers, inputs, _not_recorded())
 
     def _step(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> RecordedStep:
         """Device memory for what a step takes and gives, bound once; onnxruntime records the pass when it is done again."""
@@ -241,9 +252,7 @@ class CudaOnnxSession(OnnxSession):
         shape = (inputs.input_ids.shape[0], int(loaded.signature.logits.dims[1]))
         logits = self._on_device(np.zeros(shape, np.float32))
         binding.bind_ortvalue_output(loaded.signature.logits.name, logits)
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
-        return RecordedStep(binding, values, logits, options)
+        return RecordedStep(binding, values, logits, _numbered(next(self._numbers)))
 
     def _on_device(self, value: np.ndarray[Any, Any]) -> Any:
         try:
@@ -267,9 +276,22 @@ class CudaOnnxSession(OnnxSession):
 
     def release(self) -> None:
         self._idle.clear()
-        if self._copiers and self._copiers[0] is not None:
-            self._copiers[0].close()
+        copier = self.__dict__.get("_copier")
+        if copier is not None:
+            copier.close()
         super().release()
+
+
+def _numbered(number: int) -> Any:
+    """By this number onnxruntime knows what it recorded."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
+
+
+def _not_recorded() -> Any:
+    """A pass that is neither recorded nor taken from a record, though the session records."""
+    return _numbered(-1)
 
 
 def _elsewhere(session: Any, provider: str) -> dict[str, int] | None:

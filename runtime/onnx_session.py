@@ -210,7 +210,7 @@ class OnnxSession(Session):
     def execute(self, inputs: StepInputs, cache: KVCache) -> Logits:
         return self._run(self._loaded[choose(self._loaded, inputs)], cache.buffers, inputs)
 
-    def _run(self, loaded: LoadedGraph, buffers: BoundBuffers, inputs: StepInputs) -> Logits:
+    def _run(self, loaded: LoadedGraph, buffers: BoundBuffers, inputs: StepInputs, options: Any = None) -> Logits:
         """One pass of one graph, its small inputs and its logits in the host's memory."""
         binding, graph = buffers.bindings[loaded.graph], loaded.graph
         # Kept in a name until the run is over: onnxruntime reads them where they lie.
@@ -220,7 +220,7 @@ class OnnxSession(Session):
         logits = np.empty((num_logit_rows(graph, inputs), int(loaded.signature.logits.dims[1])), np.float32)
         binding.bind_ortvalue_output(loaded.signature.logits.name, ort.OrtValue.ortvalue_from_numpy(logits))
         try:
-            loaded.session.run_with_iobinding(binding)
+            loaded.session.run_with_iobinding(binding, options)
         except Exception as failure:
             raise BackendError(f"onnxruntime failed in this step: {failure}") from failure
         self.passes[graph.name] += 1

@@ -144,7 +144,8 @@ def test_every_record_has_a_number_of_its_own_and_keeps_its_addresses(bundle: Pa
     class Options(ort.RunOptions):  # type: ignore[misc]
         def add_run_config_entry(self, key: str, value: str) -> None:
             assert key == "gpu_graph_id"
-            numbers.append(value)
+            if value != "-1":  # a pass that is not recorded
+                numbers.append(value)
 
     monkeypatch.setattr(ort, "RunOptions", Options)
     with opened(bundle) as session:
@@ -173,6 +174,38 @@ def test_rows_of_several_modalities_take_the_graph_for_them_where_every_row_is_w
         np.testing.assert_allclose(part, whole[1:], rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_that_can_not_be_recorded_is_done_as_it_is(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing:
+        """onnxruntime's session, where it can not record."""
+
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.session, name)
+
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            if options.get_run_config_entry("gpu_graph_id") != "-1":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.session.run_with_iobinding(binding, options)
+
+    with opened(bundle) as session:
+        expected = [step.token_id for step in session.generate([1, 2], max_tokens=6)]
+    with opened(bundle) as session:
+        loaded = session._loaded[STEPS[0]]
+        session._loaded[STEPS[0]] = replace(loaded, session=Refusing(loaded.session))
+        assert [step.token_id for step in session.generate([1, 2], max_tokens=6)] == expected
+        assert STEPS[0] not in session._recorded and STEPS[1] in session._recorded
+    assert "decode.text are not recorded as a CUDA graph" in caplog.text
+
+
+def test_which_kernels_attention_takes_can_be_said(bundle: Path) -> None:
+    with opened(bundle, attention_kernels=1) as session:
+        assert all(settings["sdpa_kernel"] == "1" for settings in session.asked.values())
+    with opened(bundle) as session:
+        assert not any("sdpa_kernel" in settings for settings in session.asked.values())
+
+
 def test_a_stream_of_the_caller_is_computed_on(bundle: Path) -> None:
     with opened(bundle, stream=4711) as session:
         assert all(settings["user_compute_stream"] == "4711" for settings in session.asked.values())
@@ -184,7 +217,7 @@ def test_a_stream_of_the_caller_is_computed_on(bundle: Path) -> None:
 def test_a_cache_that_is_given_up_is_used_again_empty(copies: bool, bundle: Path) -> None:
     with opened(bundle) as session:
         if copies:
-            session._copiers.append(Copier())  # type: ignore[arg-type]
+            session._copier = Copier()  # type: ignore[assignment]
         fresh, cache = session.prefill([TEXT], "audio")
         session.decode_step([AUDIO[0]], "audio", cache)
         held = cache.buffers.held
@@ -221,7 +254,7 @@ def test_rows_take_the_places_of_others(copies: bool, bundle: Path, monkeypatch:
     copier = Copier()
     with opened(bundle) as session:
         if copies:
-            session._copiers.append(copier)  # type: ignore[arg-type]
+            session._copier = copier  # type: ignore[assignment]
         _, coming = session.prefill([TEXT], "audio")
         _, cache = session.prefill([AUDIO, TEXT[::-1]], "audio")
         (other,) = session.decode_step([AUDIO[0]], "audio", session.join_rows([(cache, 1)]))
