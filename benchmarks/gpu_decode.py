@@ -5,16 +5,21 @@
     python benchmarks/gpu_decode.py --model model --bundle cuda=cuda --json found.json --chart found.svg
 
 Contenders take turns, a few steps each. Two times are taken of every step: the device's, between two events on its stream,
-and the whole of it, from ids in the host's memory to logits in the host's memory, which is what a caller waits for. PyTorch is
-raced twice: as it is written, and compiled as a whole and recorded as a CUDA graph (``torch_step.py``). Before a contender is
-timed its logits are compared with the reference's: one that is wrong is not measured. After it, the kernels of ours and of the
-compiled one are looked at: how many, how long, and how long between them. ``every expert`` is our own graph for
-several modalities fed with one: what a graph that computes all experts and selects costs, recorded as ours is.
+and the whole of it, from ids in the host's memory to logits in the host's memory, which is what a caller waits for. The device
+is kept busy until a step's work is in its queue, and is waited for before the second event, for everyone alike: onnxruntime
+waits by itself. So a few microseconds of waking up are in every ``device_ms``; ``kernels`` has none of them.
+
+PyTorch is raced twice: as it is written, and compiled as a whole and recorded as a CUDA graph (``torch_step.py``), over a cache
+that is as long as the race needs. Before a contender is timed its logits are compared with the reference's: one that is wrong
+is not measured. ``every expert`` is our own graph for several modalities fed with one: what a graph that computes all experts
+and selects costs, recorded as ours is. Last of all the kernels of ours and of the compiled one are looked at, for a few rows:
+how many, how long, and how long between them.
 """
 
 import contextlib
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +46,15 @@ from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 from motrt.runtime.session import Session
 from motrt.runtime.torch_session import TorchSession
 
-OURS, ALL_EXPERTS, ONE_GRAPH = "motrt", "every expert", "one graph, not recorded"
+OURS, NOT_RECORDED, FLASH = "motrt", "motrt, not recorded", "motrt, flash attention"
+ALL_EXPERTS, ONE_GRAPH = "every expert", "one graph, not recorded"
 EAGER, COMPILED = "PyTorch", "PyTorch, compiled and recorded"
 PROMPT_LENGTH, NUM_WARM, NUM_ROUNDS, STEPS_A_TURN = 128, 6, 16, 4
 # Relative L2 of logits between two ways of rounding the same bfloat16 model; a fault is of the order of 1.
 MOST_ERROR = 0.1
 READ_BYTES = 1 << 32  # more than any cache of a GPU holds, by far
+BUSY_CYCLES = 200_000  # about 0.1 ms: longer than a step takes to be put in the device's queue
+MOST_ROWS_LOOKED_AT = 8  # in the kernels: what is kept until then takes memory
 
 Step = Callable[[], NDArray[np.float32]]
 
@@ -58,9 +66,13 @@ class Clock:
         self._on_gpu, self._marks = on_gpu, list[Any]()
 
     def start(self) -> None:
+        if self._on_gpu:
+            torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
         self._mark()
 
     def stop(self) -> None:
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()
         self._mark()
 
     def _mark(self) -> None:
@@ -104,9 +116,10 @@ def clocked(session: CudaOnnxSession, clock: Clock) -> CudaOnnxSession:
     return session
 
 
-def restricted(session: CudaOnnxSession, graphs: Sequence[Graph]) -> CudaOnnxSession:
-    """The same session with some of its graphs alone; nothing is loaded twice."""
+def restricted(session: CudaOnnxSession, graphs: Sequence[Graph], records: bool = True) -> CudaOnnxSession:
+    """The same session with some of its graphs alone, or one that records nothing; nothing is loaded twice."""
     view = copy.copy(session)
+    view._recorded = set(session._recorded) if records else set()
     view._loaded = {graph: session._loaded[graph] for graph in graphs}
     view._idle, view.passes = {}, {graph.name: 0 for graph in graphs}
     return view
@@ -122,7 +135,6 @@ class Case:
         device_ms: by contender, of every step, turn by turn; None for one whose device is not ours to clock.
         whole_ms: the same, from ids to logits in the host's memory.
         missing: by contender, why it was not measured.
-        kernels: by contender, what the device did in a step.
     """
 
     name: str
@@ -130,7 +142,13 @@ class Case:
     device_ms: dict[str, list[list[float | None]]] = field(default_factory=dict)
     whole_ms: dict[str, list[list[float]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
+
+    def tell(self, name: str, failure: Exception) -> None:
+        """A contender that is out of the race: what it did before does not count."""
+        self.device_ms.pop(name, None)
+        self.whole_ms.pop(name, None)
+        self.missing[name] = f"{type(failure).__name__}: {failure}"[:2000]
+        click.echo(f"{self.label}: {name} is not measured: {self.missing[name][:300]}", err=True)
 
     @property
     def label(self) -> str:
@@ -143,17 +161,17 @@ class Race:
     def __init__(self, reference: TorchSession, clock: Clock, compiles: bool, ends: float) -> None:
         self.reference, self.config, self.clock = reference, reference.config, clock
         self.compiles, self.ends = compiles, ends
-        self.profiles = reference.decoder.device.type == "cuda"
+        self.kept: list[tuple[Case, dict[str, Step]]] = []
         self.sessions: dict[str, Session] = {}
 
     def run(self, case: Case) -> None:
         """Measure one case; a contender that fails or is wrong is told, and the others go on."""
         names = [self.config.modality_names[m] for m in case.modalities]
         prompts = [self._ids(m, PROMPT_LENGTH, row) for row, m in enumerate(case.modalities)]
-        following = [self._ids(m, 1, 7 + row) for row, m in enumerate(case.modalities)]
-        ids = [row[0] for row in following]
+        ids = [self._ids(m, 1, 7 + row)[0] for row, m in enumerate(case.modalities)]
         _, cache = self.reference.prefill(prompts, names)
         expected = self.reference.decode_step(ids, names, cache)
+        del cache
         steps: dict[str, Step] = {}
         for name, begin in self._contenders(case, prompts, names, ids):
             step = self._warm(case, name, begin, expected)
@@ -161,18 +179,23 @@ class Race:
                 steps[name] = step
         self.clock.take()
         for _ in range(NUM_ROUNDS):
-            for name, step in steps.items():
+            for name in list(steps):
                 device, whole = [], []
-                for _ in range(STEPS_A_TURN):
-                    started = time.perf_counter()
-                    step()
-                    whole.append(1000 * (time.perf_counter() - started))
-                    device.append(self.clock.take())
+                try:
+                    for _ in range(STEPS_A_TURN):
+                        started = time.perf_counter()
+                        steps[name]()
+                        whole.append(1000 * (time.perf_counter() - started))
+                        device.append(self.clock.take())
+                except Exception as failure:
+                    case.tell(name, failure)
+                    del steps[name]
+                    continue
                 case.device_ms.setdefault(name, []).append(device)
                 case.whole_ms.setdefault(name, []).append(whole)
-        for name in steps if self.profiles else ():
-            if name.startswith(OURS) or name == COMPILED:
-                case.kernels[name] = profiled(steps[name])
+        if len(case.modalities) <= MOST_ROWS_LOOKED_AT:
+            looked_at = {name: one for name, one in steps.items() if name.startswith(OURS) or name == COMPILED}
+            self.kept.append((case, looked_at))
 
     def _warm(self, case: Case, name: str, begin: Callable[[], Step], expected: NDArray[np.float32]) -> Step | None:
         """A contender that gives the reference's logits and has done its first steps; None where it does not."""
@@ -184,8 +207,7 @@ class Race:
             for _ in range(NUM_WARM):
                 step()
         except Exception as failure:
-            case.missing[name] = f"{type(failure).__name__}: {failure}"[:2000]
-            click.echo(f"{case.label}: {name} is not measured: {case.missing[name][:300]}", err=True)
+            case.tell(name, failure)
             return None
         return step
 
@@ -212,7 +234,7 @@ class Race:
         """A conversation of ``TorchStep``, its prompts read by the reference."""
         session, several = self.reference, len(set(case.modalities)) > 1
         _, cache = session.prefill(prompts, names)
-        session.reserve(cache, self.config.max_seq_len)
+        session.reserve(cache, PROMPT_LENGTH + NUM_WARM + NUM_ROUNDS * STEPS_A_TURN + 16)
         step = TorchStep(session.decoder, case.modalities, cache.buffers, "select" if compiles and several else "gather")
         held = torch.tensor(ids, device=session.decoder.device)
         position = torch.tensor(cache.lengths, device=held.device)
@@ -265,11 +287,12 @@ class Span:
 
 
 def kernels_of(spans: Sequence[Span], num_steps: int) -> dict[str, Any]:
-    """Per step: kernels, microseconds in which one ran, microseconds between them, and the dearest by name.
+    """Per step: kernels and copies, microseconds in which one ran, microseconds between them, and the dearest by name.
 
     Gaps of 200 microseconds and more are the host's, between steps, and are not counted.
     """
-    ordered = sorted(spans, key=lambda one: one.start)
+    ordered = sorted((one for one in spans if "spin_kernel" not in one.name), key=lambda one: one.start)
+    copies = sum(one.name.startswith(("Memcpy", "Memset")) for one in ordered)
     busy = gaps = 0.0
     reached = ordered[0].start if ordered else 0.0
     for one in ordered:
@@ -282,7 +305,8 @@ def kernels_of(spans: Sequence[Span], num_steps: int) -> dict[str, Any]:
         by_name.setdefault(one.name, []).append(one.end - one.start)
     dearest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:30]
     return {
-        "kernels": round(len(ordered) / num_steps, 2),
+        "kernels": round((len(ordered) - copies) / num_steps, 2),
+        "copies": round(copies / num_steps, 2),
         "busy_us": round(busy / num_steps, 2),
         "gaps_us": round(gaps / num_steps, 2),
         "by_name": [
@@ -352,7 +376,7 @@ def figures(case: Case, reference: Session, bandwidth: float) -> dict[str, Any]:
         "bytes_per_step": num_bytes,
         "contenders": found,
         "missing": case.missing,
-        "kernels": case.kernels,
+        "kernels": {},
     }
 
 
@@ -415,9 +439,16 @@ def _operators(bundle: Bundle) -> str:
     return next((graph.operators for graph in bundle.manifest.graphs), "standard")
 
 
-def our_session(bundle: Bundle, stream: int) -> CudaOnnxSession:
-    graphs = [graph for graph in bundle.manifest.graphs if graph.takes_one_token]
-    return CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*graphs, CANONICAL), stream=stream)
+def our_session(bundle: Bundle, stream: int, attention_kernels: int = 0) -> CudaOnnxSession:
+    """The graphs that are raced: no change-overs."""
+    graphs = [graph for graph in bundle.manifest.graphs if graph.takes_one_token and graph.tokens == graph.predicts]
+    return CudaOnnxSession(
+        bundle.model_path,
+        bundle.config,
+        graphs=(*graphs, CANONICAL),
+        stream=stream,
+        attention_kernels=attention_kernels,
+    )
 
 
 def cases_of(num_modalities: int, names: Sequence[str], rows: Sequence[int]) -> Iterator[Case]:
@@ -460,20 +491,24 @@ def raced(
         reference = TorchSession.open(open_checkpoint(model), precision, device, config.max_seq_len)
         race = Race(reference, clock, compiles, ends)
         elsewhere: dict[str, Any] = {}
+        address = stream.cuda_stream if stream else 0
         for backend, bundle in opened:
             if backend != "cuda":
                 race.sessions[backend] = open_session(bundle, backend)
                 continue
-            ours = clocked(our_session(bundle, stream.cuda_stream if stream else 0), clock)
-            name = OURS if OURS not in race.sessions else f"{OURS}, {_operators(bundle)} operators"
+            ours = clocked(our_session(bundle, address), clock)
+            own = _operators(bundle) != "standard"
+            name = f"{OURS}, onnxruntime's operators" if own else OURS
+            race.sessions[name if name not in race.sessions else f"{name} ({bundle.path.name})"] = ours
             elsewhere[name] = ours.elsewhere
-            race.sessions[name] = ours
-            if name != OURS:
+            if own:
                 continue
             several = [graph for graph in ours._loaded if graph.one_token]
             if several:
                 race.sessions[ALL_EXPERTS] = restricted(ours, (*several, CANONICAL))
             race.sessions[ONE_GRAPH] = restricted(ours, (CANONICAL,))
+            race.sessions[NOT_RECORDED] = restricted(ours, tuple(ours._loaded), records=False)
+            race.sessions[FLASH] = clocked(our_session(bundle, address, attention_kernels=1), clock)
         read_bytes = READ_BYTES if on_gpu else 1 << 22
         document: dict[str, Any] = {
             "gpu": the_gpu(),
@@ -486,14 +521,22 @@ def raced(
             "cases": [],
         }
         for case in cases_of(len(config.modalities), config.modality_names, rows):
-            race.run(case)
-            measured = figures(case, reference, document["bandwidth_bytes_per_s"][0])
-            document["cases"].append(measured)
+            try:
+                race.run(case)
+            except Exception as failure:  # the reference itself, where memory is short
+                case.missing["every contender"] = f"{type(failure).__name__}: {failure}"[:2000]
+            document["cases"].append(figures(case, reference, document["bandwidth_bytes_per_s"][0]))
             on_case(document)
-            for name, one in measured["contenders"].items():
+            for name, one in document["cases"][-1]["contenders"].items():
                 shown = f"{one['device_ms']['median']:8.3f} ms on the device" if "device_ms" in one else " " * 22
                 click.echo(f"{case.label:16} {name:32} {shown}, {one['whole_ms']['median']:8.3f} ms in all", err=True)
         document["bandwidth_bytes_per_s"].append(measure_bandwidth(reference.decoder.device, read_bytes))
+        on_case(document)
+        labels = {(one["case"], one["rows"]): one for one in document["cases"]}
+        for case, steps in race.kept if on_gpu else ():
+            found = {name: profiled(step) for name, step in steps.items()}
+            labels[case.name, len(case.modalities)]["kernels"] = found
+            on_case(document)
     return document
 
 
@@ -518,6 +561,7 @@ def main(
     chart: Path | None,
 ) -> None:
     """Measure, print a line a contender, and one JSON document last."""
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # torch's profiler beside CUDA graphs
     if not torch.cuda.is_available():
         raise click.ClickException("this measures a GPU, and PyTorch finds none here")
     if reason := probe("cuda").reason:  # it finds CUDA's libraries, too

@@ -124,6 +124,7 @@ def compiled(step: TorchStep, tunes: bool) -> Any:
     """
     import torch._inductor.config as inductor
 
+    torch._dynamo.reset()  # each is compiled for its own rows and modalities: none is a recompilation of another
     inductor.coordinate_descent_tuning = tunes
     return torch.compile(step, fullgraph=True, dynamic=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from motrt.benchmarks import gpu_decode
 from motrt.benchmarks.contender import CASES, LONG_PROMPT, timed
@@ -78,16 +79,18 @@ def gpu_race(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_decode, "CudaOnnxSession", OnTheHost)
         patch.setattr(gpu_decode, "NUM_ROUNDS", 2)
-        return gpu_decode.raced(checkpoint, [f"cuda={bundle}"], (1, 3), "cpu", compiles=False, minutes=1.0)
+        patch.setattr(gpu_decode, "compiled", lambda step, tunes: torch.compile(step, backend="eager", fullgraph=True))
+        return gpu_decode.raced(checkpoint, [f"cuda={bundle}"], (1, 3), "cpu", compiles=True, minutes=10.0)
 
 
 def test_the_race_on_a_gpu_has_every_case_and_contender(gpu_race: dict[str, Any], tmp_path: Path) -> None:
     cases = {(one["case"], one["rows"]): one for one in gpu_race["cases"]}
     assert list(cases) == [("text", 1), ("audio", 1), ("text", 3), ("audio", 3), ("mixed", 3)]
-    every = {gpu_decode.OURS, gpu_decode.ALL_EXPERTS, gpu_decode.ONE_GRAPH, gpu_decode.EAGER}
+    every = {gpu_decode.OURS, gpu_decode.NOT_RECORDED, gpu_decode.FLASH, gpu_decode.ALL_EXPERTS, gpu_decode.ONE_GRAPH}
+    every |= {gpu_decode.EAGER, gpu_decode.COMPILED}
     for (name, _), case in cases.items():
         assert set(case["contenders"]) == (every - {gpu_decode.ALL_EXPERTS} if name == "mixed" else every)
-        assert case["missing"] == {gpu_decode.COMPILED: "not asked for"}
+        assert case["missing"] == {}
         for one in case["contenders"].values():
             assert 0 < one["device_ms"]["median"] <= one["whole_ms"]["median"]
         assert case["contenders"][gpu_decode.OURS]["ours_is_faster_by"]["device"]["median"] == 1.0
@@ -122,6 +125,30 @@ def test_kernels_are_counted_by_step_with_the_gaps_between_them() -> None:
     spans = [gpu_decode.Span("gemm", 10 * k, 10 * k + 6) for k in range(4)] + [gpu_decode.Span("norm", 6, 8)]
     spans += [gpu_decode.Span("inside", 31, 34), gpu_decode.Span("gemm", 1000, 1006)]  # a step later, the host waited
     found = gpu_decode.kernels_of(spans, 2)
-    assert (found["kernels"], found["busy_us"], found["gaps_us"]) == (3.5, 16.0, 5.0)
+    assert (found["kernels"], found["copies"], found["busy_us"], found["gaps_us"]) == (3.5, 0.0, 16.0, 5.0)
     assert found["by_name"][0] == {"name": "gemm", "calls": 2.5, "us": 15.0}
     assert gpu_decode.kernels_of([], 2)["kernels"] == 0
+    others = [gpu_decode.Span("spin_kernel(long)", 0, 100), gpu_decode.Span("Memcpy HtoD", 100, 102)]
+    assert gpu_decode.kernels_of(others, 1)["copies"] == 1 and gpu_decode.kernels_of(others, 1)["kernels"] == 0
+
+
+def test_a_contender_that_fails_in_the_race_is_out_of_it_and_the_others_go_on(
+    make_checkpoint: Callable[[ModelConfig], Path],
+) -> None:
+    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
+    race = gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+
+    class Tiring(TorchSession):
+        left = 20
+
+        def decode_step(self, *arguments: Any, **more: Any) -> Any:
+            self.left -= 1
+            if not self.left:
+                raise RuntimeError("no memory left")
+            return super().decode_step(*arguments, **more)
+
+    race.sessions[gpu_decode.OURS] = Tiring(reference.decoder)
+    case = gpu_decode.Case("text", (0,))
+    race.run(case)
+    assert case.missing[gpu_decode.OURS] == "RuntimeError: no memory left"
+    assert set(case.whole_ms) == set(case.device_ms) == {gpu_decode.EAGER}
