@@ -79,9 +79,10 @@ def test_a_backend_that_can_be_used_is_exported_for_and_verified(
     assert commands[3][-4:] == ["tiny-cuda-bf16", "--backend", "cuda", "--json"]
 
 
-def made_full(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[str]:
-    """The names of what is run of the full size, where every part of it passes."""
-    check = gpu_check.Check(tmp_path, seconds=seconds)
+def test_what_is_raced_is_made_first_and_the_rest_is_proven_behind_the_race(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = gpu_check.Check(tmp_path, seconds=600)
     names: list[str] = []
 
     def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
@@ -92,33 +93,19 @@ def made_full(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         return gpu_check.Part(name, "passed")
 
     monkeypatch.setattr(check, "run", run)
-    gpu_check.make_full(check, ["cuda"], True, gpu_check.RACE_SECONDS)
+    gpu_check.make_raced(check, ["cuda"])
     gpu_check.check_speed(check)
-    for kind in gpu_check.KINDS["full"]:
-        gpu_check.prove_bundle(check, "full", "cuda", kind)
-    return names
-
-
-def test_the_full_size_is_made_once_proven_once_and_raced_alone(
-    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = made_full(gpu_check, tmp_path, monkeypatch, 600)
-    exports, proofs = (
-        {f"full: {what} cuda, {kind}" for kind in gpu_check.KINDS["full"]} for what in ("export for", "parity of")
-    )
-    assert names[0] == "full: model" and names[-1] == "race"
-    assert set(names[1:-1]) == exports | proofs and len(names) == 2 + len(exports) + len(proofs)
-
-
-def test_proofs_leave_the_race_its_time(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = made_full(gpu_check, tmp_path, monkeypatch, gpu_check.RACE_SECONDS)
-    assert names.index("race") == 1 + len(gpu_check.KINDS["full"])  # the model, the bundles, and then at once
-    assert len(names) == 2 + 2 * len(gpu_check.KINDS["full"])
+    gpu_check.check_full(check, ["cuda"])
+    race = names.index("race")
+    assert names[0] == "full: model" and set(names[1:race]) == {f"full: export for cuda, {kind}" for kind in gpu_check.RACED}
+    kinds = gpu_check.KINDS["full"]
+    behind = {f"full: parity of cuda, {kind}" for kind in kinds} | {f"full: export for cuda, {kind}" for kind in kinds}
+    assert set(names[race + 1 :]) == behind - set(names[1:race]) and len(names) == 2 + 2 * len(kinds)
 
 
 def test_what_a_process_left_is_kept_where_it_was_ended(gpu_check: Any, tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, seconds=60)
     left = tmp_path / "left.json"
-    writes = f"import time; open({str(left)!r}, 'w').write('{{\"cases\": [1]}}'); time.sleep(60)"
+    writes = f"import time; open({str(left)!r}, 'w').write('{{\"cases\": [1]}}'); print('busy', flush=True); time.sleep(60)"
     part = check.run("race", [sys.executable, "-c", writes], most_seconds=3, leaves=left)
-    assert part.outcome == "timed out" and part.figures == {"cases": [1]}
+    assert (part.outcome, part.figures, part.detail) == ("timed out", {"cases": [1]}, "busy")
