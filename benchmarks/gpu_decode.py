@@ -448,6 +448,7 @@ def our_session(bundle: Bundle, stream: int, attention_kernels: int = 0) -> Cuda
         graphs=(*graphs, CANONICAL),
         stream=stream,
         attention_kernels=attention_kernels,
+        weights=bundle.manifest.shared_weights,
     )
 
 

@@ -24,6 +24,7 @@ from motrt.export.parity.gate import Subject, climb, climb_session
 from motrt.export.quantized_graph import CodeSource
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Advance, Steps
+from motrt.export.stored_weights import weight_places
 from motrt.export.verification import quantized_weights_of, refuse_unverifiable
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
@@ -170,6 +171,7 @@ def export_bundle(
             operators=census,
             target=target,
             graphs=work.graphs,
+            weight_places=work.weight_places(folder) if target == "cuda" else {},
             engines=engines,
             quantization=quantization,
             answer=work.known_answer(folder, read),
@@ -230,6 +232,9 @@ class _Work:
             for graph in self.graphs:
                 check_onnx(folder / graph.file_name, self.config, self.dtype, graph, self.quantization)
             return check_onnx(folder / MODEL_FILE, self.config, self.dtype, quantization=self.quantization)
+
+    def weight_places(self, folder: Path) -> dict[str, tuple[int, int]]:
+        return weight_places(folder / MODEL_FILE, (one.name for one in parameters(self.config)), self.dtype)
 
     def known_answer(self, folder: Path, read: Read) -> KnownAnswer | None:
         """What the weights of the bundle, or what its codes stand for, say to a short question."""

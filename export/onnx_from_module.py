@@ -94,7 +94,7 @@ def trace(config: ModelConfig, dtype: str, graph: Graph = CANONICAL, quantizatio
         decoder = module.from_tensors(config, lambda name: torch.empty(shapes[name], dtype=torch_dtype), torch_dtype)
         if isinstance(decoder, StepDecoder):
             decoder.graph = graph
-        decoder.masked = graph.masked
+        decoder.masked, decoder.cuts_table = graph.masked, graph.cuts_table
     plain, cache = example_inputs(config, torch_dtype, graph)
     arguments = tuple(fake.from_tensor(tensor) for tensor in plain)
     pairs = [(fake.from_tensor(keys), fake.from_tensor(values)) for keys, values in cache]

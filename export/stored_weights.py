@@ -58,6 +58,17 @@ def data_place(tensor: TensorProto) -> tuple[str, str, str]:
     return entries.get("location", ""), entries.get("offset", "0"), entries.get("length", "")
 
 
+def weight_places(model_file: Path, names: Iterable[str], dtype: str) -> dict[str, tuple[int, int]]:
+    """First byte and number of bytes in the graph's one data file, of those of ``names`` that are stored there as ``dtype``."""
+    stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
+    found = [stored[name] for name in names if name in stored]
+    return {
+        one.name: (int(data_place(one)[1]), num_bytes(one))
+        for one in found
+        if one.data_location == TensorProto.EXTERNAL and dtype_name(one.data_type) == dtype
+    }
+
+
 def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of one initializer, from the graph or from its external data in ``folder``.
 

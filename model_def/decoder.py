@@ -29,9 +29,11 @@ class Decoder(nn.Module):
 
     Attributes:
         masked: whether attention is told the keys that it sees by a mask, or, of one token per row, by their number.
+        cuts_table: whether a step names its own modality's rows of the embedding alone.
     """
 
     masked = True
+    cuts_table = True
     route: Callable[[Tensor, int], Routing] = staticmethod(Gathered.by)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -91,8 +93,8 @@ class Decoder(nn.Module):
         Shapes: input_ids [b, 1]; cache_position [b]. Returns the logits of the predicted modality's ids alone, [b, ids of the
         modality], and the new cache.
         """
-        own = self.config.id_ranges[tokens]
-        x = F.embedding(input_ids.flatten() - own.start, self.tok_embeddings.weight[own.start : own.stop])
+        own, ids, table = self.config.id_ranges[tokens], input_ids.flatten(), self.tok_embeddings.weight
+        x = F.embedding(ids - own.start, table[own.start : own.stop]) if self.cuts_table else F.embedding(ids, table)
         x, present = self._through_layers(x, 1, OneRoute(tokens), cache_position, cache)
         return self._range_logits(self.norm(x), predicts), present
 

@@ -38,6 +38,8 @@ class Graph:
         masked: whether attention is told which keys it sees by a mask. A step can be told their number instead, which lets
             onnxruntime on a GPU use kernels that take no mask (docs/decisions/0017).
         one_token: whether it takes one new token per row, as a step does, though of any modality.
+        cuts_table: whether a step holds its own modality's rows of the embedding alone. An engine has a copy of what it reads;
+            onnxruntime's sessions share one, and rows of the whole table cost nothing.
         operators: ``onnxruntime`` where it is written in that runtime's own operators, as far as there are such.
     """
 
@@ -48,6 +50,7 @@ class Graph:
     capacity: int | None = None
     masked: bool = True
     one_token: bool = False
+    cuts_table: bool = True
     operators: Operators = "standard"
 
     @property
@@ -82,6 +85,7 @@ class Graph:
             "capacity": self.capacity,
             "masked": self.masked,
             "one_token": self.one_token,
+            "cuts_table": self.cuts_table,
             "operators": self.operators,
         }
 
@@ -93,7 +97,8 @@ class Graph:
             ConfigError: when it is no graph of ``config``.
         """
         known = {one for target in TARGETS for how in OPERATORS for one in plan_for(target, config, how)}
-        since = {"masked": True, "one_token": False, "operators": "standard"}  # what older manifests do not say
+        # What older manifests do not say.
+        since = {"masked": True, "one_token": False, "cuts_table": True, "operators": "standard"}
         found = next((one for one in known if one.to_dict() == since | values), None)
         if found is None:
             raise ConfigError(f"{values!r} is no graph of this model and version")
@@ -116,7 +121,7 @@ def plan_for(target: Target, config: ModelConfig, operators: Operators = "standa
     capacity = config.max_seq_len
     steps = (*_decode_steps(config, capacity), *_change_overs(config, capacity))
     several = (Graph("decode.mixed", "select", capacity=capacity, one_token=True),) if len(config.modalities) > 1 else ()
-    unmasked = tuple(replace(step, masked=False, operators=operators) for step in (*steps, *several))
+    unmasked = tuple(replace(step, masked=False, cuts_table=False, operators=operators) for step in (*steps, *several))
     prompts = Graph("prefill", "select", capacity=capacity)
     return {"onnx": (), "cuda": unmasked, "tensorrt": (*steps, prompts), "tensorrt-rtx": (*steps, prompts)}[target]
 

@@ -16,6 +16,7 @@ from typing import Any
 from motrt.errors import BundleError, ConfigError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import TARGETS, Graph, Target
+from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 from motrt.runtime.engine_record import EngineRecord
@@ -41,6 +42,29 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class WeightPlaces:
+    """Where weights lie in the graphs' data file.
+
+    Attributes:
+        dtype: of all of them.
+        places: by name, the first byte and the number of bytes.
+    """
+
+    dtype: str
+    places: Mapping[str, tuple[int, int]]
+
+    def problems(self, config: ModelConfig, file_bytes: int) -> list[str]:
+        """What does not fit the model or the file; none where all does."""
+        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        wanted = {one.name: one.numel * itemsize for one in parameters(config)}
+        return [
+            f"{name} is said to have {count} bytes from {first}"
+            for name, (first, count) in self.places.items()
+            if wanted.get(name) != count or first < 0 or first + count > file_bytes
+        ]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself.
 
@@ -57,6 +81,8 @@ class Manifest:
         engines: what was compiled of them.
         quantization: which weights are stored in fewer bits, and how; None: none.
         answer: what a session must say to a short question; None in bundles of older versions.
+        weight_places: by name, the first byte and the number of bytes in ``model.onnx.data``, of the weights that are held as
+            they are computed with; for targets whose sessions share them, none for others.
     """
 
     config: ModelConfig
@@ -71,10 +97,16 @@ class Manifest:
     engines: tuple[EngineRecord, ...] = ()
     quantization: Quantization | None = None
     answer: KnownAnswer | None = None
+    weight_places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def signature(self) -> Signature:
         return Signature.canonical(self.config, DTYPE_OF_PRECISION[self.precision])
+
+    @property
+    def shared_weights(self) -> WeightPlaces:
+        """What sessions of one process can share."""
+        return WeightPlaces(DTYPE_OF_PRECISION[self.precision], self.weight_places)
 
     @property
     def weights(self) -> str:
@@ -98,6 +130,7 @@ class Manifest:
             "engines": [engine.to_dict() for engine in self.engines],
             "parity": None if self.parity is None else dict(self.parity),
             "answer": None if self.answer is None else self.answer.to_dict(),
+            "weight_places": {name: list(place) for name, place in self.weight_places.items()},
         }
 
 
@@ -232,6 +265,7 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),
             quantization=None if (coded := values.get("quantization")) is None else Quantization.from_dict(coded),
             answer=None if (known := values.get("answer")) is None else KnownAnswer.from_dict(known),
+            weight_places={name: (int(first), int(n)) for name, (first, n) in values.get("weight_places", {}).items()},
         )
         if manifest.target not in TARGETS:
             raise BundleError(f"{folder} is made for {manifest.target!r}, which this motrt does not know: upgrade motrt")
@@ -252,7 +286,9 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
     wanted = [MODEL_FILE, WEIGHTS_FILE, *(graph.file_name for graph in manifest.graphs)]
     needed = [name for name in (*wanted, *(one.file for one in manifest.engines)) if name not in manifest.files]
     raise_all(BundleError, f"{folder / MANIFEST_FILE} is not whole; export the bundle again. It names no:", needed)
-    raise_all(BundleError, f"{folder / MANIFEST_FILE} contradicts itself; export the bundle again:", _engine_problems(manifest))
+    problems = _engine_problems(manifest)
+    problems += manifest.shared_weights.problems(manifest.config, manifest.files[WEIGHTS_FILE].num_bytes)
+    raise_all(BundleError, f"{folder / MANIFEST_FILE} contradicts itself; export the bundle again:", problems)
     return manifest
 
 

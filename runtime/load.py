@@ -176,7 +176,10 @@ def cuda_session(bundle: Bundle) -> Session:
     from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
     steps = [graph for graph in bundle.manifest.graphs if graph.takes_one_token]
-    return _as_the_manifest_says(CudaOnnxSession(bundle.model_path, bundle.config, graphs=(*steps, CANONICAL)), bundle)
+    session = CudaOnnxSession(
+        bundle.model_path, bundle.config, graphs=(*steps, CANONICAL), weights=bundle.manifest.shared_weights
+    )
+    return _as_the_manifest_says(session, bundle)
 
 
 def onnx_session(bundle: Bundle, num_threads: int = 0) -> Session:

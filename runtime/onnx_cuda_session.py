@@ -23,10 +23,12 @@ import onnxruntime as ort
 from motrt.errors import BackendError
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
+from motrt.model_def.parameters import Parameter
+from motrt.runtime.bundle import WEIGHTS_FILE, WeightPlaces
 from motrt.runtime.cuda_device import CudaDevice
 from motrt.runtime.graph_choice import as_contract, choose, feed
 from motrt.runtime.kv_cache import KVCache
-from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession
+from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession, session_options
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
 
@@ -56,6 +58,14 @@ class RecordedStep:
     inputs: dict[str, Any]
     logits: Any
     options: Any
+
+
+@dataclass(frozen=True)
+class SharedWeight:
+    """A weight on the device, and the same memory as graphs borrow it."""
+
+    value: Any
+    lent: Any
 
 
 @dataclass
@@ -88,10 +98,13 @@ class CudaOnnxSession(OnnxSession):
         stream: the CUDA stream to compute on, by its address (torch: ``stream.cuda_stream``); 0: onnxruntime's own.
         attention_kernels: which kernels attention may take, as onnxruntime numbers them (``sdpa_kernel``: 1 flash, 8 cuDNN); 0:
             what it thinks best, which since 1.30 is cuDNN's on Hopper and newer.
+        weights: where weights lie that are put on the device once, for all graphs (``Manifest.shared_weights``). What is not
+            named each graph holds for itself.
 
     Attributes:
         elsewhere: by graph, the operators that onnxruntime did not put on the GPU, and how many of each; what computes shapes
             is meant to be there. None where this onnxruntime does not say.
+        shares: by graph, whether it reads the weights that all share.
 
     Raises:
         BackendError: when onnxruntime has no CUDA, or can not run a graph.
@@ -109,6 +122,7 @@ class CudaOnnxSession(OnnxSession):
         records_steps: bool = True,
         stream: int = 0,
         attention_kernels: int = 0,
+        weights: WeightPlaces | None = None,
     ) -> None:
         self._recorded = {graph for graph in graphs if graph.takes_one_token} if records_steps else set()
         self._asked = {"user_compute_stream": str(stream)} if stream else {}
@@ -116,6 +130,10 @@ class CudaOnnxSession(OnnxSession):
         self._numbers = itertools.count(1)
         self._idle: dict[tuple[int, int], list[Held]] = {}
         self.elsewhere: dict[str, dict[str, int] | None] = {}
+        self.shares: dict[str, bool] = {}
+        # Without that call, which has come with onnxruntime 1.24, nothing can be lent.
+        self._shared = weights if weights is not None and weights.places and hasattr(ort.OrtValue, "from_dlpack") else None
+        self._weights: dict[str, SharedWeight] = {}
         super().__init__(model, config, graphs=graphs, exact_activations=True)
         self.backend = "onnxruntime (CUDA)"
         self.smallest_capacity = config.max_seq_len  # growing would move what is recorded
@@ -127,19 +145,50 @@ class CudaOnnxSession(OnnxSession):
         return self.provider, settings | ({"enable_cuda_graph": "1"} if graph in self._recorded else {})
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
-        options.add_session_config_entry(_SAY_WHERE, "1")
-        options.add_session_config_entry(_WEIGHTS_APART, "1")
-        try:
-            loaded = super()._open(graph, file, options, instead)
-        except BackendError as failure:
-            if graph not in self._recorded:
-                raise
-            logger.warning("steps of %s are not recorded as a CUDA graph: %s", graph.name, failure)
-            self._recorded.discard(graph)
-            loaded = super()._open(graph, file, options, instead)
+        recordings = (True, False) if graph in self._recorded else (False,)
+        ways = [(records, shares) for records in recordings for shares in ((True, False) if self._shared else (False,))]
+        for records, shares in ways:
+            if not records:
+                self._recorded.discard(graph)
+            try:
+                loaded = super()._open(graph, file, self._options(graph, file, shares), instead)
+            except BackendError as failure:
+                if (records, shares) == ways[-1]:
+                    raise
+                said = f"{'recorded' if records else 'not recorded'}, weights {'shared' if shares else 'of its own'}"
+                logger.warning("%s can not be opened so (%s), and is opened otherwise: %s", graph.name, said, str(failure))
+                continue
+            self.shares[graph.name] = shares
+            break
         self.elsewhere[graph.name] = _elsewhere(loaded.session, self.provider)
         logger.info("%s: operators that are not on the GPU: %s", graph.name, self.elsewhere[graph.name])
         return loaded
+
+    def _options(self, graph: Graph, file: Path, shares: bool) -> Any:
+        options = session_options(file.parent, num_threads=0, exact_activations=True)
+        options.add_session_config_entry(_SAY_WHERE, "1")
+        options.add_session_config_entry(_WEIGHTS_APART, "1")
+        if shares and self._shared is not None:
+            for one in graph.parameters(self.config):
+                if one.name in self._shared.places:
+                    options.add_initializer(one.name, self._weight(file.parent / WEIGHTS_FILE, one, self._shared).lent)
+        return options
+
+    def _weight(self, file: Path, parameter: Parameter, shared: WeightPlaces) -> SharedWeight:
+        """A weight on the device, put there when it is first asked for."""
+        held = self._weights.get(parameter.name)
+        if held is None:
+            stored = _STORED[shared.dtype]
+            values = np.memmap(file, stored, "r", shared.places[parameter.name][0], parameter.shape)
+            try:
+                kind = _BOUND_AS.get(shared.dtype, stored)
+                value = ort.OrtValue.ortvalue_from_shape_and_type(parameter.shape, kind, self.device, 0)
+                value.update_inplace(np.asarray(values))
+                # onnxruntime shares only what is not its own: lent, the same memory counts as somebody else's.
+                held = self._weights[parameter.name] = SharedWeight(value, ort.OrtValue.from_dlpack(value))
+            except Exception as failure:
+                raise BackendError(f"{parameter.name} can not be put on the GPU: {failure}") from failure
+        return held
 
     def make_buffers(self, batch_size: int, capacity: int) -> Any:
         shape = (batch_size, self.config.num_kv_heads, capacity, self.config.head_size)
@@ -276,6 +325,7 @@ class CudaOnnxSession(OnnxSession):
 
     def release(self) -> None:
         self._idle.clear()
+        self._weights.clear()
         copier = self.__dict__.get("_copier")
         if copier is not None:
             copier.close()

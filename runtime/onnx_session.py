@@ -118,7 +118,7 @@ class OnnxSession(Session):
             self.activation_block = quantization.activation_block(config)
         for graph in graphs:
             file = model if graph == CANONICAL else model.parent / graph.file_name
-            options = _session_options(model.parent, num_threads, exact_activations, log_severity)
+            options = session_options(model.parent, num_threads, exact_activations, log_severity)
             if exact_activations and quantization is not None and quantization.multiplies("int8", config):
                 options.add_session_config_entry(_TURN_BACK, "1")
             self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
@@ -254,14 +254,15 @@ def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:
     Raises:
         BackendError: when onnxruntime can not run it.
     """
-    options = _session_options(folder, num_threads, exact_activations=True)
+    options = session_options(folder, num_threads, exact_activations=True)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART)
     except Exception as failure:  # onnxruntime's exceptions share no base of their own
         raise BackendError(f"onnxruntime {ort.__version__} can not run a part of {folder}: {failure}") from failure
 
 
-def _session_options(folder: Path, num_threads: int, exact_activations: bool, log_severity: int = _ERRORS_ONLY) -> Any:
+def session_options(folder: Path, num_threads: int, exact_activations: bool, log_severity: int = _ERRORS_ONLY) -> Any:
+    """How every graph is opened: see ``OnnxSession``; external data lie in ``folder``."""
     options = ort.SessionOptions()
     options.log_severity_level = log_severity
     options.intra_op_num_threads = num_threads

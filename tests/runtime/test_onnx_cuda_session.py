@@ -21,6 +21,7 @@ from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
+from motrt.model_def.parameters import parameters
 from motrt.runtime import onnx_cuda_session
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.known_answer import check_answer
@@ -78,7 +79,8 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def opened(bundle: Path, **options: Any) -> OnTheHost:
-    return OnTheHost(bundle / "model.onnx", TINY, (*STEPS, CANONICAL), **options)
+    shared = {"weights": open_bundle(bundle).manifest.shared_weights}
+    return OnTheHost(bundle / "model.onnx", TINY, (*STEPS, CANONICAL), **(shared | options))
 
 
 @pytest.mark.parametrize("records_steps", [True, False])
@@ -127,6 +129,37 @@ def test_steps_alone_are_recorded_and_no_product_is_rounded_to_tf32(bundle: Path
         assert recorded == {graph.name for graph in STEPS}
     with opened(bundle, records_steps=False) as session:
         assert not any("enable_cuda_graph" in settings for settings in session.asked.values())
+
+
+def test_weights_are_on_the_device_once_and_every_graph_reads_them_there(bundle: Path) -> None:
+    with opened(bundle) as session:
+        assert session.shares == {graph.name: True for graph in (*STEPS, CANONICAL)}
+        assert set(session._weights) == {one.name for one in parameters(TINY)}
+        _, cache = session.prefill([TEXT], "text")
+        before = [session.decode_step([1], "text", cache), session.prefill([TEXT], "text")[0]]
+        norm = session._weights["norm.weight"].value  # a product's weights onnxruntime rearranges on a CPU, in copies
+        norm.update_inplace(2 * norm.numpy())
+        cache.lengths -= 1
+        after = [session.decode_step([1], "text", cache), session.prefill([TEXT], "text")[0]]
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_allclose(other, 2 * one, rtol=1e-5)
+
+
+def test_where_weights_can_not_be_shared_each_graph_holds_its_own(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(bundle, weights=None) as session:
+        assert not any(session.shares.values())
+        expected = [step.token_id for step in session.generate([1, 2], max_tokens=6)]
+
+    def refuse(value: Any) -> None:
+        raise RuntimeError("lends nothing")
+
+    monkeypatch.setattr(ort.OrtValue, "from_dlpack", refuse)
+    with opened(bundle) as session:
+        assert not any(session.shares.values()) and session._recorded == set(STEPS)
+        assert [step.token_id for step in session.generate([1, 2], max_tokens=6)] == expected
+    assert "lends nothing" in caplog.text
 
 
 def test_it_says_which_operators_are_not_where_they_should_be(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +229,7 @@ def test_a_step_that_can_not_be_recorded_is_done_as_it_is(bundle: Path, caplog: 
         session._loaded[STEPS[0]] = replace(loaded, session=Refusing(loaded.session))
         assert [step.token_id for step in session.generate([1, 2], max_tokens=6)] == expected
         assert STEPS[0] not in session._recorded and STEPS[1] in session._recorded
-    assert "decode.text are not recorded as a CUDA graph" in caplog.text
+    assert "decode.text can not be opened so (recorded, weights of its own)" in caplog.text
 
 
 def test_which_kernels_attention_takes_can_be_said(bundle: Path) -> None:
@@ -289,7 +322,7 @@ def test_where_steps_can_not_be_recorded_they_are_done_as_they_are(
         _, cache = session.prefill([TEXT], "text")
         session.decode_step([1], "text", cache)
         assert session.passes["decode.text"] == 1 and not cache.buffers.held.steps
-    assert "decode.text are not recorded as a CUDA graph" in caplog.text
+    assert "decode.text can not be opened so (recorded, weights of its own)" in caplog.text
 
 
 def test_a_recorded_step_that_fails_is_a_sentence(bundle: Path) -> None:
