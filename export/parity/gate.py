@@ -36,7 +36,7 @@ from motrt.export.parity.hostile import brought_scenarios, hostile_scenarios, re
 from motrt.export.parity.part_values import first_without_numbers, parts
 from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
 from motrt.export.parity.replacement import OnnxReplacement
-from motrt.export.parity.routing_laws import Replacement, absence_finding, law_findings, swap_finding
+from motrt.export.parity.routing_laws import PlainAnswers, Replacement, absence_of, answers_of, law_findings, swap_of
 from motrt.export.parity.scenarios import (
     NUM_DECODE_STEPS,
     Int64,
@@ -180,8 +180,10 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         with steps.step("P2 self-consistency"):
             findings += asked("P2", lambda: consistency_findings(session))
         with steps.step("P3 routing laws"):
-            findings += asked("P3", lambda: law_findings(session))
-            findings += asked("P3", lambda: _laws_of_weights(session, subject.replacement(num_threads)))
+            answers: list[PlainAnswers] = []
+            findings += asked("P3", partial(_laws_and_answers, session, answers))
+            for said in answers:
+                findings += asked("P3", partial(_laws_of_weights, said, subject.replacement(num_threads)))
         with steps.step("P4 agreement with the reference"):
             compared: list[Compared] = []
             findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
@@ -241,16 +243,21 @@ def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_th
     """P2 to P5 of one derived graph, the canonical one behind it for what it does not serve."""
     with expected.taken_by(subject.open(num_threads, (graph, CANONICAL))) as session:
         findings = asked("P2", lambda: own_consistency_findings(session, graph))
+        answers: list[PlainAnswers] = []
         if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
-            replacement = subject.replacement(num_threads, (graph, CANONICAL))
-            findings += asked("P3", lambda: law_findings(session) + _laws_of_weights(session, replacement))
+            findings += asked("P3", partial(_laws_and_answers, session, answers))
         wanted = served(graph, [scenario for scenario, _ in expected.scenarios], subject.config)
         chosen = {id(one) for one in wanted}  # scenarios hold arrays, which do not compare to one answer
         references = [(scenario, said) for scenario, said in expected.scenarios if id(scenario) in chosen]
         compared: list[Compared] = []
         findings += asked("P4", lambda: _agreement(session, references, compared))
         findings += generation_findings(session, expected.plans, noise_of(compared))
-        return [*findings, use_finding(session.passes[graph.name])]
+        findings.append(use_finding(session.passes[graph.name]))
+    # Two graphs with every weight, twice, would be more memory than anything else takes: the first two are closed by now.
+    replacement = subject.replacement(num_threads, (graph, CANONICAL))
+    for said in answers:
+        findings += asked("P3", partial(_laws_of_weights, said, replacement))
+    return findings
 
 
 def _climb_rounded(subject: Subject, expected: Expectation, num_threads: int) -> list[Finding]:
@@ -425,10 +432,15 @@ def _first_without_numbers(reference: Session) -> str:
     return ""
 
 
-def _laws_of_weights(session: Session, replacement: Replacement) -> list[Finding]:
-    """The laws that are seen by replacing weights; one modality has none to leave out."""
-    modalities = range(len(session.config.modalities))
-    if len(modalities) < 2:
-        return []
-    absence = [absence_finding(session, replacement, modality) for modality in modalities]
-    return [*absence, swap_finding(session, replacement)]
+def _laws_and_answers(session: Session, answers: list[PlainAnswers]) -> list[Finding]:
+    """The laws that a session alone shows; ``answers`` is given what it says, for those that want weights replaced."""
+    found = law_findings(session)
+    if len(session.config.modalities) > 1:
+        answers.append(answers_of(session))
+    return found
+
+
+def _laws_of_weights(answers: PlainAnswers, replacement: Replacement) -> list[Finding]:
+    """The laws that are seen by replacing weights."""
+    absence = [absence_of(answers, replacement, modality) for modality in range(len(answers.config.modalities))]
+    return [*absence, swap_of(answers, replacement)]

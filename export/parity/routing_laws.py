@@ -5,13 +5,14 @@ the same; a later token changes no earlier logit; filtered ids never leave their
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.metrics import compare_rows
-from motrt.export.parity.scenarios import observe, scenarios
+from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
 from motrt.export.parity.tolerances import limit_of
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import Parameter, parameters
@@ -96,16 +97,23 @@ def absence_finding(session: Session, replacement: Replacement, modality: int) -
         replacement: gives the graph with some weights replaced.
         modality: the one that is present.
     """
-    config = session.config
+    return absence_of(answers_of(session), replacement, modality)
+
+
+def absence_of(answers: "PlainAnswers", replacement: Replacement, modality: int) -> Finding:
+    """The same, of what the graph said as it is."""
+    config = answers.config
     name = config.modality_names[modality]
     others = [one for one in parameters(config) if one.modality not in (None, name)]
-    scenario = scenarios(config, seed=9)[modality]
-    expected = observe(session, scenario)
     with replacement.with_poison(others) as poisoned:
-        came = observe(poisoned, scenario)
-    same = all(np.array_equal(a.logits, b.logits) for a, b in zip(expected, came, strict=True))
+        came = observe(poisoned, _alone(config, modality))
+    same = all(np.array_equal(a.logits, b.logits) for a, b in zip(answers.alone[modality], came, strict=True))
     problems = [] if same else [f"logits changed when the weights of {', '.join(_names(others))} were NaN"]
     return judged(RUNG, f"{name} alone never reads another modality's weights", problems, poisoned=len(others))
+
+
+def _alone(config: ModelConfig, modality: int) -> Scenario:
+    return scenarios(config, seed=9)[modality]
 
 
 def _names(others: list[Parameter]) -> list[str]:
@@ -119,29 +127,60 @@ def swap_finding(session: Session, replacement: Replacement) -> Finding:
         session: the graph as it is.
         replacement: gives the graph with some weights replaced.
     """
+    return swap_of(answers_of(session), replacement)
+
+
+def swap_of(answers: "PlainAnswers", replacement: Replacement) -> Finding:
+    """The same, of what the graph said as it is."""
     question = "experts swapped and mask flipped give the same"
-    config = session.config
+    config = answers.config
     first, second = config.modality_names[:2]
     swapped = _swapped_names(config, first, second)
     if swapped is None:
         return Finding(RUNG, question, Outcome.SKIPPED, f"the experts of {first} and {second} differ in kind or size")
     if not replacement.can_exchange(swapped):
         return Finding(RUNG, question, Outcome.SKIPPED, f"the weights of {first} and {second} are stored in different formats")
-    # The scenario behind those of one modality each: runs of all, both swapped ones first.
-    runs = scenarios(config, seed=10)[len(config.modalities)]
-    row = runs.rows[0][: min(NUM_POSITIONS, config.max_seq_len)]
-    mask = modality_of_ids(row, config)
+    row, mask = _runs(config)
     flipped = np.where(mask == 0, 1, np.where(mask == 1, 0, mask))
-    expected = _all_predicting(session, row, mask, 0)
     with replacement.with_exchanged(swapped) as other_session:
         came = _all_predicting(other_session, row, flipped, 0)
     ids = config.id_ranges[0]
-    limit = limit_of(session)
     worst = max(
-        compare_rows(a[ids.start : ids.stop], b[ids.start : ids.stop]).relative_l2 for a, b in zip(expected, came, strict=True)
+        compare_rows(a[ids.start : ids.stop], b[ids.start : ids.stop]).relative_l2
+        for a, b in zip(answers.runs, came, strict=True)
     )
-    problems = [f"relative L2 {worst:.3g} over {limit:.3g}"] if not worst <= limit else []
-    return judged(RUNG, question, problems, relative_l2_max=worst, limit=limit)
+    problems = [f"relative L2 {worst:.3g} over {answers.limit:.3g}"] if not worst <= answers.limit else []
+    return judged(RUNG, question, problems, relative_l2_max=worst, limit=answers.limit)
+
+
+def _runs(config: ModelConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The scenario behind those of one modality each, runs of all, both swapped ones first: its ids, and their modalities."""
+    row = scenarios(config, seed=10)[len(config.modalities)].rows[0][: min(NUM_POSITIONS, config.max_seq_len)]
+    return row, modality_of_ids(row, config)
+
+
+@dataclass(frozen=True)
+class PlainAnswers:
+    """What a graph says as it is to what it will be asked with weights replaced: it need not be open any more then.
+
+    Attributes:
+        config: the model's.
+        limit: of relative L2, between ways to compute it.
+        alone: by modality, what it says to rows of that one alone.
+        runs: logits [positions, v] of runs of all.
+    """
+
+    config: ModelConfig
+    limit: float
+    alone: tuple[list[Observation], ...]
+    runs: Logits
+
+
+def answers_of(session: Session) -> PlainAnswers:
+    """Ask a session all of it."""
+    config = session.config
+    alone = tuple(observe(session, _alone(config, modality)) for modality in range(len(config.modalities)))
+    return PlainAnswers(config, limit_of(session), alone, _all_predicting(session, *_runs(config), 0))
 
 
 def _swapped_names(config: ModelConfig, first: str, second: str) -> dict[str, str] | None:
