@@ -87,7 +87,7 @@ def test_an_engine_of_codes_is_smaller_by_what_the_codes_save(tmp_path: Path, mo
     config = TINY.replace(modalities=(replace(TINY.modalities[0], vocab_size=16384), TINY.modalities[1]), num_layers=1)
     checkpoint = write_random(tmp_path / "model", config, 0)
     step = next(graph for graph in plan_for("tensorrt-rtx", config) if graph.name == "decode.text")
-    monkeypatch.setattr(bundle_from_checkpoint, "plan_for", lambda target, config: (step,))
+    monkeypatch.setattr(bundle_from_checkpoint, "plan_for", lambda target, config, operators: (step,))
     sizes = {}
     for precision in ("fp16", "int4"):
         out = tmp_path / precision

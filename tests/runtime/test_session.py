@@ -179,7 +179,7 @@ def test_a_step_that_failed_leaves_the_cache_as_it_was(onnx: Session) -> None:
 
 def test_a_backend_that_fails_in_a_step_leaves_the_cache_usable(onnx: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
             raise RuntimeError("the machine is on fire")
 
     _, cache = onnx.prefill([TEXT], "text")
