@@ -40,7 +40,7 @@ class Positions:
     rope: tuple[Tensor, Tensor]
 
     @property
-    def is_step(self) -> bool:
+    def has_one_token(self) -> bool:
         """Whether each row has one new token, known to be one: rows and heads then need not be exchanged."""
         return isinstance(self.columns.shape[1], int) and self.columns.shape[1] == 1
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
     def give_out(self, mixed: Tensor, at: Positions) -> Tensor:
         """What attention mixed, [b, h, s, d] -> [T, m], each row through its own route."""
-        by_position = mixed if at.is_step else mixed.transpose(1, 2)  # [b, h, s, d] -> [b, s, h, d]
+        by_position = mixed if at.has_one_token else mixed.transpose(1, 2)  # [b, h, s, d] -> [b, s, h, d]
         flat = by_position.reshape(-1, self.query_width)  # -> [T, h * d]
         return at.projections.combine(self.wo(at.projections.dispatch(flat)))
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             parts = {route: rows.flatten(1) for route, rows in norm(split).items()}
         b, s = at.columns.shape
         rows = at.projections.combine(parts)
-        return rows.view(b, -1, 1, d) if at.is_step else rows.view(b, s, -1, d).transpose(1, 2)
+        return rows.view(b, -1, 1, d) if at.has_one_token else rows.view(b, s, -1, d).transpose(1, 2)
 
 
 class Layer(nn.Module):
