@@ -281,13 +281,15 @@ class CudaOnnxSession(OnnxSession):
         with _ONE_AT_A_TIME:
             if loaded.graph not in self._recorded:
                 return self._run(loaded, held.buffers, inputs, _not_recorded())
-            if loaded.graph not in held.steps:
+            is_new = loaded.graph not in held.steps
+            if is_new:
                 held.steps[loaded.graph] = self._step(loaded, held, inputs)
             try:
                 return self._run_recorded(loaded, held, inputs)
             except BackendError as failure:
-                if self.passes[loaded.graph.name]:
+                if not is_new:
                     raise
+                del held.steps[loaded.graph]
                 logger.warning("steps of %s are not recorded as a CUDA graph: %s", loaded.graph.name, str(failure))
                 self._recorded.discard(loaded.graph)
                 return self._run(loaded, held.buffers, inputs, _not_recorded())

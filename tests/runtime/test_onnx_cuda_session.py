@@ -229,6 +229,14 @@ def test_a_step_that_can_not_be_recorded_is_done_as_it_is(bundle: Path, caplog: 
         session._loaded[STEPS[0]] = replace(loaded, session=Refusing(loaded.session))
         assert [step.token_id for step in session.generate([1, 2], max_tokens=6)] == expected
         assert STEPS[0] not in session._recorded and STEPS[1] in session._recorded
+        # Another batch has a record of its own, which can fail though others did not.
+        _, one = session.prefill([TEXT], "audio")
+        session.decode_step([AUDIO[0]], "audio", one)
+        loaded = session._loaded[STEPS[1]]
+        session._loaded[STEPS[1]] = replace(loaded, session=Refusing(loaded.session))
+        _, two = session.prefill([TEXT, TEXT], "audio")
+        session.decode_step([AUDIO[0]] * 2, "audio", two)
+        assert STEPS[1] not in session._recorded and STEPS[1] not in two.buffers.held.steps
     assert "decode.text are not recorded as a CUDA graph" in caplog.text
 
 
