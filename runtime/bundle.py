@@ -281,7 +281,7 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             )
         if manifest.signature.to_dict() != values["signature"]:
             raise BundleError(f"{folder}: the manifest's signature is not its configuration's: export the bundle again")
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as failure:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as failure:
         raise BundleError(f"{folder / MANIFEST_FILE} is no manifest of this version ({failure}): export again") from None
     wanted = [MODEL_FILE, WEIGHTS_FILE, *(graph.file_name for graph in manifest.graphs)]
     needed = [name for name in (*wanted, *(one.file for one in manifest.engines)) if name not in manifest.files]
