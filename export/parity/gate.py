@@ -199,6 +199,7 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         with steps.step("P2 to P4 with rounded activations"):
             findings += _climb_rounded(subject, expected, num_threads)
     if extras.is_dissected:
+        findings += [_not_dissected(graph) for graph in subject.graphs if graph.operators != "standard"]
         evidence |= _dissected(subject.model_file, config, expected, steps, num_threads, extras.failing_part)
     findings += losses
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files, evidence)
@@ -328,6 +329,11 @@ def climb_session(
     if extras.is_dissected and model_file is not None:
         evidence |= _dissected(model_file, config, expected, steps, 0, extras.failing_part)
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files, evidence)
+
+
+def _not_dissected(graph: Graph) -> Finding:
+    why = "its operators hold several parts each, and the canonical graph was; export with --operators standard to ask it too"
+    return Finding("P1", "its parts can be asked alone", Outcome.SKIPPED, why, graph=graph.name)
 
 
 def _dissected(

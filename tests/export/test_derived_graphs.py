@@ -14,7 +14,7 @@ from motrt.export.onnx_check import census_problems, check_onnx, weight_problems
 from motrt.export.onnx_from_module import attach_weights, write_derived, write_onnx
 from motrt.export.parity.derived import derived_contract_findings, use_finding
 from motrt.export.parity.findings import Finding, Outcome, Report
-from motrt.export.parity.gate import Subject, climb
+from motrt.export.parity.gate import Extras, Subject, climb
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
@@ -144,6 +144,15 @@ def test_a_wrong_number_in_one_of_those_is_seen(
     change(folder / "decode.text.onnx", doctor)
     findings = failed(climbed(folder, TINY, tiny_checkpoint, "cuda", "onnxruntime"))
     assert {one.graph for one in findings} == {"decode.text"} and {"P1", "P4"} <= {one.rung for one in findings}
+
+
+def test_what_can_not_be_taken_apart_is_said(write: Write, tiny_checkpoint: Path) -> None:
+    graphs = plan_for("cuda", TINY, "onnxruntime")
+    subject = Subject(write(TINY, "cuda", "onnxruntime") / "model.onnx", TINY, "fp32", {}, graphs)
+    report = climb(subject, open_checkpoint(tiny_checkpoint), Steps(), 1, Extras(is_dissected=True))
+    said = [one for one in report.findings if one.question == "its parts can be asked alone"]
+    assert {one.graph for one in said} == {graph.name for graph in graphs}
+    assert all(one.outcome is Outcome.SKIPPED and "--operators standard" in one.detail for one in said)
 
 
 def test_those_operators_are_expected_where_they_were_asked_for_alone(write: Write) -> None:
