@@ -104,17 +104,21 @@ def test_the_chart_of_the_race_is_drawn(gpu_race: dict[str, Any], tmp_path: Path
     assert "mixed, rows: 3" in (tmp_path / "chart.svg").read_text()
 
 
+def a_race(make_checkpoint: Callable[[ModelConfig], Path]) -> gpu_decode.Race:
+    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
+    return gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+
+
 def test_a_contender_that_is_wrong_is_told_and_not_measured(
     make_checkpoint: Callable[[ModelConfig], Path],
 ) -> None:
-    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
-    race = gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+    race = a_race(make_checkpoint)
 
     class Wrong(TorchSession):
         def decode_step(self, *arguments: Any, **more: Any) -> Any:
             return np.roll(super().decode_step(*arguments, **more), 1, axis=1)
 
-    race.sessions[gpu_decode.OURS] = Wrong(reference.decoder)
+    race.sessions[gpu_decode.OURS] = Wrong(race.reference.decoder)
     case = gpu_decode.Case("text", (0,))
     race.run(case)
     assert "its logits differ from the reference's" in case.missing[gpu_decode.OURS]
@@ -135,8 +139,7 @@ def test_kernels_are_counted_by_step_with_the_gaps_between_them() -> None:
 def test_a_contender_that_fails_in_the_race_is_out_of_it_and_the_others_go_on(
     make_checkpoint: Callable[[ModelConfig], Path],
 ) -> None:
-    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
-    race = gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+    race = a_race(make_checkpoint)
 
     class Tiring(TorchSession):
         left = 20
@@ -147,7 +150,7 @@ def test_a_contender_that_fails_in_the_race_is_out_of_it_and_the_others_go_on(
                 raise RuntimeError("no memory left")
             return super().decode_step(*arguments, **more)
 
-    race.sessions[gpu_decode.OURS] = Tiring(reference.decoder)
+    race.sessions[gpu_decode.OURS] = Tiring(race.reference.decoder)
     case = gpu_decode.Case("text", (0,))
     race.run(case)
     assert case.missing[gpu_decode.OURS] == "RuntimeError: no memory left"
