@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USAGE, EXIT_AMBIGUOUS = 1, 2, 3
 
-PRESETS = ("tiny", "small", "llama-3.2-1b", "llama-3.2-1b-text")
+PRESETS = ("tiny", "tiny64", "small", "llama-3.2-1b", "llama-3.2-1b-text")
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPT_BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "cuda", "onnxruntime", "torch")
 CHECKS = ("size", "hash", "answer")

@@ -129,7 +129,7 @@ def compiled(step: TorchStep, tunes: bool) -> Any:
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
-def recorded(step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, position: Tensor) -> tuple[Callable[[], None], Tensor]:
+def captured(step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, position: Tensor) -> tuple[Callable[[], None], Tensor]:
     """``step`` over these very inputs as one CUDA graph: what does it again, and where its logits are."""
     for _ in range(3):
         step(ids, position)

@@ -428,6 +428,19 @@ PRESETS: dict[str, ModelConfig] = {
             Modality("audio", 32, AdapterExpert(width=32, hidden_size=64), codes_per_frame=4, frames_per_second=50.0),
         ),
     ),
+    # Heads as large as those of real models, four of which share keys: GPU kernels for smaller ones are others.
+    "tiny64": ModelConfig(
+        model_width=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=1,
+        head_size=64,
+        max_seq_len=256,
+        modalities=(
+            Modality("text", 96, SwigluExpert(512)),
+            Modality("audio", 32, AdapterExpert(width=128, hidden_size=256), codes_per_frame=4, frames_per_second=50.0),
+        ),
+    ),
     "small": ModelConfig(
         model_width=512,
         num_layers=8,

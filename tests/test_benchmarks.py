@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from motrt.benchmarks import gpu_decode
+from motrt.benchmarks import gpu_contender, gpu_decode
 from motrt.benchmarks.contender import CASES, LONG_PROMPT, timed
+from motrt.benchmarks.gpu_contender import OPERATORS
 from motrt.export.bundle_from_checkpoint import export_bundle
-from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
-from motrt.runtime.torch_session import TorchSession
 from motrt.tests.runtime.test_onnx_cuda_session import OnTheHost
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,32 +69,44 @@ def test_a_case_is_timed_step_by_step(tmp_path: Path) -> None:
     assert timed(counting, states, "audio decode", 1) == {"missing": "it has no such thing"}
 
 
+ROWS = (1, 3)
+
+
 @pytest.fixture(scope="module")
 def gpu_race(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The race for GPUs with the host's memory for a device's, and what it left."""
+    """The race for GPUs with host memory for a device's, every group in this process, and what it left."""
     checkpoint = make_checkpoint(ModelConfig.tiny(max_seq_len=512))
-    bundle = tmp_path_factory.mktemp("race") / "cuda"
-    export_bundle(checkpoint, bundle, "fp32", verify=False, target="cuda")
+    folder = tmp_path_factory.mktemp("race")
+    bundles = [folder / operators for operators in OPERATORS]
+    for bundle in bundles:
+        operators: Any = bundle.name
+        export_bundle(checkpoint, bundle, "fp32", verify=False, target="cuda", operators=operators)
+
+    def run(group: gpu_decode.Group, model: Path, reference: Path, work: Path) -> dict[str, Any]:
+        found = gpu_contender.contend(group.kind, model, group.bundle, group.rows, reference, "cpu", profiles=False)
+        return found | {"ended": ""}
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_decode, "CudaOnnxSession", OnTheHost)
-        patch.setattr(gpu_decode, "NUM_ROUNDS", 2)
-        patch.setattr(gpu_decode, "compiled", lambda step, tunes: torch.compile(step, backend="eager", fullgraph=True))
-        return gpu_decode.raced(checkpoint, [f"cuda={bundle}"], (1, 3), "cpu", compiles=True, minutes=10.0)
+        patch.setattr(gpu_contender, "CudaOnnxSession", OnTheHost)
+        patch.setattr(gpu_contender, "NUM_STEPS", 4)
+        patch.setattr(gpu_contender, "compiled", lambda step, tunes: torch.compile(step, backend="eager", fullgraph=True))
+        return gpu_decode.race(checkpoint, bundles, ROWS, True, 600, lambda document: None, run)
 
 
-def test_the_race_on_a_gpu_has_every_case_and_contender(gpu_race: dict[str, Any], tmp_path: Path) -> None:
+def test_the_race_on_a_gpu_has_every_case_and_contender(gpu_race: dict[str, Any]) -> None:
     cases = {(one["case"], one["rows"]): one for one in gpu_race["cases"]}
     assert list(cases) == [("text", 1), ("audio", 1), ("text", 3), ("audio", 3), ("mixed", 3)]
-    every = {gpu_decode.OURS, gpu_decode.NOT_RECORDED, gpu_decode.FLASH, gpu_decode.ALL_EXPERTS, gpu_decode.ONE_GRAPH}
-    every |= {gpu_decode.EAGER, gpu_decode.COMPILED}
-    for (name, _), case in cases.items():
-        assert set(case["contenders"]) == (every - {gpu_decode.ALL_EXPERTS} if name == "mixed" else every)
-        assert case["missing"] == {}
+    everywhere = {gpu_contender.EAGER, gpu_contender.CAPTURED, gpu_contender.COMPILED, *OPERATORS.values()}
+    alone = {gpu_contender.NOT_CAPTURED, gpu_contender.ONE_GRAPH, f"{OPERATORS['standard']}, {gpu_contender.FLASH}"}
+    for (name, rows), case in cases.items():
+        expected = everywhere | (alone if rows == 1 else set()) | ({gpu_contender.ALL_EXPERTS} if name != "mixed" else set())
+        assert set(case["contenders"]) == expected
         for one in case["contenders"].values():
-            assert 0 < one["device_ms"]["median"] <= one["whole_ms"]["median"]
-        assert case["contenders"][gpu_decode.OURS]["ours_is_faster_by"]["device"]["median"] == 1.0
-    assert cases["text", 1]["weight_bytes_per_step"] != cases["audio", 1]["weight_bytes_per_step"]
+            assert "missing" not in one, one
+            assert one["event_ms"]["median"] > 0 and one["event_share_of_read"] > 0 and one["error"] < 1e-3
+    assert cases["text", 1]["weight_bytes"] != cases["audio", 1]["weight_bytes"]
     assert json.loads(json.dumps(gpu_race)) == gpu_race
+    assert len(gpu_decode.table_of(gpu_race).splitlines()) == 1 + sum(len(case["contenders"]) for case in cases.values())
 
 
 def test_the_chart_of_the_race_is_drawn(gpu_race: dict[str, Any], tmp_path: Path) -> None:
@@ -104,54 +115,58 @@ def test_the_chart_of_the_race_is_drawn(gpu_race: dict[str, Any], tmp_path: Path
     assert "mixed, rows: 3" in (tmp_path / "chart.svg").read_text()
 
 
-def a_race(make_checkpoint: Callable[[ModelConfig], Path]) -> gpu_decode.Race:
-    reference = TorchSession.open(open_checkpoint(make_checkpoint(ModelConfig.tiny(max_seq_len=512))))
-    return gpu_decode.Race(reference, gpu_decode.Clock(on_gpu=False), compiles=False, ends=0.0)
+def a_contender(begin: Callable[[gpu_contender.Case], gpu_contender.Step]) -> gpu_contender.Contender:
+    config, clock = ModelConfig.tiny(max_seq_len=512), gpu_contender.Clock(on_gpu=False)
+    return gpu_contender.Contender("bundle", [gpu_contender.Way("it", begin)], config, clock)
 
 
-def test_a_contender_that_is_wrong_is_told_and_not_measured(
-    make_checkpoint: Callable[[ModelConfig], Path],
+TEXT = gpu_contender.Case("text", (0,))
+RIGHT = np.arange(128, dtype=np.float32)[None] + 1
+
+
+def test_a_contender_that_is_wrong_is_told_and_not_timed() -> None:
+    document = a_contender(lambda case: lambda: np.roll(RIGHT, 1, axis=1)).run([TEXT], lambda case: RIGHT, profiles=False)
+    assert "its logits differ from the reference's" in document["cases"]["text-1"]["it"]["missing"]
+    right = a_contender(lambda case: lambda: RIGHT).run([TEXT], lambda case: RIGHT, profiles=False)
+    assert set(right["cases"]["text-1"]["it"]) == {"error", "caller_ms"}
+
+
+def test_a_contender_that_fails_in_the_race_is_out_of_it_and_the_other_cases_go_on() -> None:
+    left = iter(range(20))
+
+    def begin(case: gpu_contender.Case) -> gpu_contender.Step:
+        def step() -> gpu_contender.Logits:
+            if case is TEXT and next(left, None) is None:
+                raise RuntimeError("no memory left")
+            return RIGHT
+
+        return step
+
+    other = gpu_contender.Case("text", (0, 0))
+    document = a_contender(begin).run([TEXT, other], lambda case: np.repeat(RIGHT, case.rows, axis=0), profiles=False)
+    assert document["cases"]["text-1"]["it"]["missing"] == "RuntimeError: no memory left"
+
+
+def test_a_group_that_does_not_come_to_its_end_is_told_and_what_it_found_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    race = a_race(make_checkpoint)
-
-    class Wrong(TorchSession):
-        def decode_step(self, *arguments: Any, **more: Any) -> Any:
-            return np.roll(super().decode_step(*arguments, **more), 1, axis=1)
-
-    race.sessions[gpu_decode.OURS] = Wrong(race.reference.decoder)
-    case = gpu_decode.Case("text", (0,))
-    race.run(case)
-    assert "its logits differ from the reference's" in case.missing[gpu_decode.OURS]
-    assert set(case.whole_ms) == {gpu_decode.EAGER}
+    script = tmp_path / "contender.py"
+    monkeypatch.setattr(gpu_decode, "CONTENDER", script)
+    group = gpu_decode.Group("flash", tmp_path, (1,), 5)
+    writes = "import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write('{\"cases\": {\"text-1\": {}}}')\n"
+    for end, words in (("sys.exit('out of luck')", "out of luck"), ("import time; time.sleep(60)", "it took longer than 5 s")):
+        script.write_text(writes + end)
+        found = gpu_decode.run_group(group, tmp_path, tmp_path / "reference.npz", tmp_path)
+        assert found["cases"] == {"text-1": {}} and words in found["ended"]
 
 
 def test_kernels_are_counted_by_step_with_the_gaps_between_them() -> None:
-    spans = [gpu_decode.Span("gemm", 10 * k, 10 * k + 6) for k in range(4)] + [gpu_decode.Span("norm", 6, 8)]
-    spans += [gpu_decode.Span("inside", 31, 34), gpu_decode.Span("gemm", 1000, 1006)]  # a step later, the host waited
-    found = gpu_decode.kernels_of(spans, 2)
+    span = gpu_contender.Span
+    spans = [span("gemm", 10 * k, 10 * k + 6) for k in range(4)] + [span("norm", 6, 8)]
+    spans += [span("inside", 31, 34), span("gemm", 1000, 1006)]  # a step later, the host waited
+    found = gpu_contender.kernels_of(spans, 2)
     assert (found["kernels"], found["copies"], found["busy_us"], found["gaps_us"]) == (3.5, 0.0, 16.0, 5.0)
     assert found["by_name"][0] == {"name": "gemm", "calls": 2.5, "us": 15.0}
-    assert gpu_decode.kernels_of([], 2)["kernels"] == 0
-    others = [gpu_decode.Span("spin_kernel(long)", 0, 100), gpu_decode.Span("Memcpy HtoD", 100, 102)]
-    assert gpu_decode.kernels_of(others, 1)["copies"] == 1 and gpu_decode.kernels_of(others, 1)["kernels"] == 0
-
-
-def test_a_contender_that_fails_in_the_race_is_out_of_it_and_the_others_go_on(
-    make_checkpoint: Callable[[ModelConfig], Path],
-) -> None:
-    race = a_race(make_checkpoint)
-
-    class Tiring(TorchSession):
-        left = 20
-
-        def decode_step(self, *arguments: Any, **more: Any) -> Any:
-            self.left -= 1
-            if not self.left:
-                raise RuntimeError("no memory left")
-            return super().decode_step(*arguments, **more)
-
-    race.sessions[gpu_decode.OURS] = Tiring(race.reference.decoder)
-    case = gpu_decode.Case("text", (0,))
-    race.run(case)
-    assert case.missing[gpu_decode.OURS] == "RuntimeError: no memory left"
-    assert set(case.whole_ms) == set(case.device_ms) == {gpu_decode.EAGER}
+    assert gpu_contender.kernels_of([], 2)["kernels"] == 0
+    others = gpu_contender.kernels_of([span("spin_kernel(long)", 0, 100), span("Memcpy HtoD", 100, 102)], 1)
+    assert others["copies"] == 1 and others["kernels"] == 0 and others["busy_us"] == 0

@@ -32,18 +32,15 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
     parts = {part["name"]: part for part in json.loads((tmp_path / "found.json").read_text())}
     assert parts["environment"]["figures"]["packages"]["torch"] != "not installed"
     assert [one["backend"] for one in parts["backends"]["figures"]["backends"]][-2:] == ["onnxruntime", "torch"]
-    for size in ("tiny", "full"):
-        for backend in ("cuda", "tensorrt", "tensorrt-rtx"):
-            part = parts[f"{size}: parity of {backend}"]
-            assert part["outcome"] == "skipped" and part["detail"]
-    assert parts["race"]["outcome"] == "skipped"
+    for name in ("smoke", "race", "proof", "probes"):
+        assert parts[name]["outcome"] == "skipped" and parts[name]["detail"]
     assert "skipped" in done.stdout and "found.json: the whole of it" in done.stdout
 
 
 def test_a_part_that_fails_or_hangs_is_told_and_the_next_one_runs(gpu_check: Any, tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, seconds=60)
     check.run("fails", [sys.executable, "-c", "import sys; sys.exit('out of luck')"])
-    check.run("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], most_seconds=0.5)
+    check.run("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], max_seconds=0.5)
     check.run("is not there", [str(tmp_path / "nothing")])
     check.run("runs", [sys.executable, "-c", 'print(\'{"verdict": "PASS"}\')'])
     assert [part.outcome for part in check.parts] == ["failed", "timed out", "failed", "passed"]
@@ -56,56 +53,67 @@ def test_when_the_time_is_over_the_rest_is_skipped(gpu_check: Any, tmp_path: Pat
     assert check.run("late", [sys.executable, "-c", ""]).detail == "the time is over"
 
 
-def test_a_backend_that_can_be_used_is_exported_for_and_verified(
-    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_no_backend_can_use_is_a_failure(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = gpu_check.Check(tmp_path, seconds=60)
-    commands: list[list[str]] = []
+    listed = [{"backend": name, "usable": False, "reason": f"no {name}"} for name in gpu_check.GPU_BACKENDS]
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(check, "run", lambda name, *others: gpu_check.Part(name, "passed", figures={"backends": listed}))
+    gpu_check.run_parts(check, set(gpu_check.PARTS))
+    told = {part.name: part for part in check.parts}
+    assert told["a backend that can use the GPU"].outcome == "failed"
+    assert "cuda: no cuda; tensorrt: no tensorrt" in told["a backend that can use the GPU"].detail
+    assert told["race"].outcome == "skipped"
+
+
+@pytest.fixture
+def named(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """A check that runs nothing, its processes' names in turn; what is exported in fp16 fails."""
+    check, names = gpu_check.Check(tmp_path, seconds=600), list[str]()
 
     def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
-        commands.append(command)
-        failed = "fp16" in command
-        if command[3] == "export" and not failed:
+        names.append(name)
+        failed = name.endswith("export, fp16")
+        if command[2:4] == ["motrt", "export"] and not failed:
             (tmp_path / command[5]).mkdir()
             (tmp_path / command[5] / "manifest.json").touch()
         return gpu_check.Part(name, "failed" if failed else "passed")
 
     monkeypatch.setattr(check, "run", run)
-    gpu_check.check_tiny(check, {"cuda": {"usable": True}})
-    asked = [command[3] for command in commands]
-    # What could not be exported is not verified.
-    assert asked == ["init", "export", *["export", "verify"] * 4]
-    assert commands[-2][-3:-1] == ["--operators", "onnxruntime"]
-    assert commands[3][-4:] == ["tiny-cuda-bf16", "--backend", "cuda", "--json"]
+    return check, names
 
 
-def test_what_is_raced_is_made_first_and_the_rest_is_proven_behind_the_race(
-    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_part_is_run_in_its_order_and_nothing_is_made_twice(
+    gpu_check: Any, named: tuple[Any, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = gpu_check.Check(tmp_path, seconds=600)
-    names: list[str] = []
+    check, names = named
+    monkeypatch.setattr(gpu_check, "check_environment", lambda check: {"cuda": {"usable": True}})
+    gpu_check.run_parts(check, set(gpu_check.PARTS))
+    exports = [name for name in names if "export" in name]
+    assert len(exports) == len(set(exports))
+    assert set(names[: names.index("smoke")]) >= {f"tiny64: export, {kind}" for kind in gpu_check.RACED}
+    assert set(names[: names.index("race")]) >= {f"full: export, {kind}" for kind in gpu_check.RACED} | {"smoke"}
+    proofs = names[names.index("race") : names.index("probes, bf16")]
+    # What could not be exported is not verified.
+    assert {one for one in proofs if "parity" in one} == {
+        f"full: parity, {kind}" for kind in gpu_check.PROVEN if kind != "fp16"
+    }
+    assert {one for one in proofs if "tests" in one} == {f"tests, {kind}" for kind in gpu_check.TESTED} | {
+        "tests, planted faults"
+    }
 
-    def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
-        names.append(name)
-        if "export" in name:
-            (tmp_path / command[5]).mkdir()
-            (tmp_path / command[5] / "manifest.json").touch()
-        return gpu_check.Part(name, "passed")
 
-    monkeypatch.setattr(check, "run", run)
-    gpu_check.make_raced(check, ["cuda"])
-    gpu_check.check_speed(check)
-    gpu_check.check_full(check, ["cuda"])
-    race = names.index("race")
-    assert names[0] == "full: model" and set(names[1:race]) == {f"full: export for cuda, {kind}" for kind in gpu_check.RACED}
-    kinds = gpu_check.KINDS["full"]
-    behind = {f"full: parity of cuda, {kind}" for kind in kinds} | {f"full: export for cuda, {kind}" for kind in kinds}
-    assert set(names[race + 1 :]) == behind - set(names[1:race]) and len(names) == 2 + 2 * len(kinds)
+def test_one_part_alone_makes_what_it_needs(
+    gpu_check: Any, named: tuple[Any, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, names = named
+    monkeypatch.setattr(gpu_check, "check_environment", lambda check: {"cuda": {"usable": True}})
+    gpu_check.run_parts(check, {"race"})
+    assert names[0] == "full: model" and names[-1] == "race" and not any("tiny64" in name for name in names)
 
 
 def test_what_a_process_left_is_kept_where_it_was_ended(gpu_check: Any, tmp_path: Path) -> None:
     check = gpu_check.Check(tmp_path, seconds=60)
     left = tmp_path / "left.json"
     writes = f"import time; open({str(left)!r}, 'w').write('{{\"cases\": [1]}}'); print('busy', flush=True); time.sleep(60)"
-    part = check.run("race", [sys.executable, "-c", writes], most_seconds=3, leaves=left)
+    part = check.run("race", [sys.executable, "-c", writes], max_seconds=3, leaves=left)
     assert (part.outcome, part.figures, part.detail) == ("timed out", {"cases": [1]}, "busy")

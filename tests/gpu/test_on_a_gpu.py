@@ -22,7 +22,7 @@ from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
 pytestmark = pytest.mark.gpu
 
-TINY = ModelConfig.tiny()
+TINY = ModelConfig.preset("tiny64")
 
 
 @pytest.fixture(scope="module", params=["cuda", "tensorrt", "tensorrt-rtx"])
@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "bf16-onnxruntime"])
 def bundle(
-    backend: str, request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    backend: str, request: pytest.FixtureRequest, tiny64_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The tiny model for the backend."""
     precision, _, operators = request.param.partition("-")
@@ -46,7 +46,7 @@ def bundle(
     options = None if backend == "cuda" else EngineOptions(backend, Sizes(Range(1, 2, 4), Range(1, 16, 32)))
     target: Any = backend
     export_bundle(
-        tiny_checkpoint,
+        tiny64_checkpoint,
         out,
         precision,
         verify=False,
