@@ -29,6 +29,6 @@ def rooms() -> list[str]:
 setup(
     packages=["motrt", *rooms()],
     package_dir={"motrt": "."},
-    package_data={"motrt": ["py.typed"]},
+    package_data={"motrt": ["py.typed"], "motrt.runtime": ["step_kernels.cu"]},
     cmdclass={"build_py": BuildRooms},
 )

@@ -32,11 +32,13 @@ from motrt.runtime.benchmark import cache_bytes_per_step, weight_bytes_per_step
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 from motrt.runtime.session import Session
+from motrt.runtime.step_kernels import CapturedStep
 from motrt.runtime.torch_session import TorchSession
 
-GROUPS = ("reference", "compiled", "bundle", "flash")
+GROUPS = ("reference", "compiled", "kernels", "bundle", "flash")
 EAGER, CAPTURED, COMPILED = "PyTorch eager", "PyTorch eager, captured", "PyTorch compiled, captured"
 NOT_CAPTURED, ALL_EXPERTS, ONE_GRAPH, FLASH = "not captured", "every expert", "canonical graph, not captured", "flash attention"
+OURS = "motrt, own kernels"
 OPERATORS = {"standard": "motrt, standard operators", "onnxruntime": "motrt, onnxruntime operators"}
 
 NUM_PROMPT, NUM_WARM_UP, NUM_STEPS, NUM_PROFILED = 128, 8, 64, 8
@@ -155,6 +157,33 @@ def clocked(session: CudaOnnxSession, clock: Clock) -> CudaOnnxSession:
     """The same session, every pass of its graphs clocked."""
     for graph, loaded in session._loaded.items():
         session._loaded[graph] = type(loaded)(loaded.graph, loaded.signature, Clocked(loaded.session, clock))
+    return session
+
+
+def clocked_kernels(session: CudaOnnxSession, clock: Clock) -> CudaOnnxSession:
+    """The same session, every step of its own kernels clocked.
+
+    Raises:
+        ValueError: where it has none.
+    """
+    kernels = session._kernels
+    if kernels is None:
+        raise ValueError(f"the session has no kernels of its own: {session.no_kernels}")
+    capture = kernels.capture
+
+    def captured_step(*arguments: Any) -> CapturedStep:
+        step = capture(*arguments)
+        replay = step.replay
+
+        def clocked_replay() -> None:
+            clock.start()
+            replay()
+            clock.stop()
+
+        step.replay = clocked_replay
+        return step
+
+    kernels.capture = captured_step  # type: ignore[method-assign, assignment]
     return session
 
 
@@ -375,7 +404,7 @@ def measure_bandwidth(device: torch.device, num_bytes: int = NUM_READ_BYTES) -> 
     return found
 
 
-def open_cuda_session(folder: Path, stream: int, attention_kernels: int = 0) -> CudaOnnxSession:
+def open_cuda_session(folder: Path, stream: int, attention_kernels: int = 0, step_kernels: bool = False) -> CudaOnnxSession:
     """A bundle's graphs without its change-overs, computed on ``stream``."""
     bundle = open_bundle(folder)
     graphs = [graph for graph in bundle.manifest.graphs if graph.takes_one_token and graph.tokens == graph.predicts]
@@ -386,6 +415,7 @@ def open_cuda_session(folder: Path, stream: int, attention_kernels: int = 0) -> 
         stream=stream,
         attention_kernels=attention_kernels,
         weights=bundle.manifest.shared_weights,
+        step_kernels=step_kernels,
     )
 
 
@@ -425,7 +455,8 @@ class Contender:
         """
         ends = time.monotonic() + seconds
         for case in cases:
-            found = self.document["cases"][case.key] = {}
+            found: dict[str, Any] = {}
+            self.document["cases"][case.key] = found
             try:
                 if time.monotonic() > ends:
                     raise TimeoutError(f"{seconds:.0f} s were over")
@@ -498,8 +529,12 @@ def contend(
         seconds: after which no case is begun.
     """
     on_gpu = device == "cuda"
-    stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-    clock = Clock(on_gpu)
+    clock, stream = Clock(on_gpu), cast(Any, None)
+    if group == "kernels":  # whose stream is their own
+        ours = clocked_kernels(open_cuda_session(folder, 0, step_kernels=True), clock)
+        stream = torch.cuda.ExternalStream(cast(Any, ours._kernels).device.stream) if on_gpu else None  # type: ignore[no-untyped-call]
+    elif on_gpu:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         bandwidth = measure_bandwidth(torch.device(device), NUM_READ_BYTES if on_gpu else 1 << 22)
         if on_gpu:
@@ -510,6 +545,8 @@ def contend(
             opened = TorchSession.open(open_checkpoint(model), bundle.manifest.precision, device, bundle.config.max_seq_len)
             pytorch, session = Pytorch(opened, clock), opened
             ways = ways_of_pytorch(pytorch, group)
+        elif group == "kernels":
+            session, ways = ours, [Way(OURS, lambda case: of_session(ours, case), lambda case: case.rows <= 8)]
         else:
             kernels = 1 if group == "flash" else 0
             ours = clocked(open_cuda_session(folder, stream.cuda_stream if stream else 0, kernels), clock)
@@ -522,7 +559,8 @@ def contend(
         contender = Contender(group, ways, session.config, clock, keep)
         contender.document |= {"bandwidth_bytes_per_s": [bandwidth], "traffic": traffic(session, cases)}
         if isinstance(session, CudaOnnxSession):
-            contender.document |= {"not_on_gpu": session.elsewhere, "shares_weights": session.shares}
+            told = {"not_on_gpu": session.elsewhere, "shares_weights": session.shares, "no_kernels": session.no_kernels}
+            contender.document |= told
         if group == "reference":
             np.savez(reference, **{case.key: pytorch.reference(case) for case in cases})  # type: ignore[arg-type]
         with np.load(reference) as saved:
@@ -561,7 +599,7 @@ def main(
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # torch's profiler beside CUDA graphs
     if not torch.cuda.is_available():
         raise click.ClickException("this measures a GPU, and PyTorch finds none here")
-    if group in ("bundle", "flash") and (reason := probe("cuda").reason):  # it finds CUDA's libraries, too
+    if group in ("kernels", "bundle", "flash") and (reason := probe("cuda").reason):  # it finds CUDA's libraries, too
         raise click.ClickException(f"onnxruntime cannot run on the GPU: {reason}")
 
     def keep(document: dict[str, Any]) -> None:

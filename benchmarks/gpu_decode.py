@@ -7,8 +7,9 @@
 
 Each group of contenders has a process of its own (``gpu_contender.py``), one after the other, which measures the bandwidth
 before and after itself: PyTorch as it is written, and the same captured as a CUDA graph; PyTorch compiled as a whole and
-captured (the way of gpt-fast); every bundle; the standard one also without captures, with attention's flash kernel, with every
-expert computed, and as the canonical graph alone. What there is is written after each group.
+captured (the way of gpt-fast); every bundle, by this package's own kernels and by onnxruntime's; the standard one also without
+captures, with attention's flash kernel, with every expert computed, and as the canonical graph alone. What there is is
+written after each group.
 """
 
 import contextlib
@@ -25,9 +26,10 @@ from typing import Any
 import click
 
 from motrt.benchmarks.document import leave, machine
-from motrt.benchmarks.gpu_contender import EAGER, OPERATORS, operators_of
+from motrt.benchmarks.gpu_contender import EAGER, OPERATORS, OURS, operators_of
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.gpu import find_gpus
+from motrt.runtime.step_kernels import MAX_ROWS
 
 CONTENDER = Path(__file__).with_name("gpu_contender.py")
 # Bytes per second by NVIDIA's datasheets (H100 SXM5 80 GB, H200 SXM), by how the driver begins the GPU's name.
@@ -54,6 +56,7 @@ class Group:
 def groups_of(bundles: Sequence[Path], rows: tuple[int, ...], compiles: bool, seconds: float) -> Iterator[Group]:
     """The reference first, which the others are compared with; the compiler last, which takes longest."""
     yield Group("reference", bundles[0], rows, seconds)
+    yield Group("kernels", bundles[0], tuple(count for count in rows if count <= MAX_ROWS), seconds)
     for bundle in sorted(bundles, key=operators_of):  # onnxruntime before standard
         yield Group("bundle", bundle, rows, seconds)
     for bundle in bundles:
@@ -188,7 +191,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
         measured = {name: one["event_ms"]["median"] for name, one in case["contenders"].items() if "event_ms" in one}
         bars = {name: 1000 * case["rows"] / taken for name, taken in measured.items()}
         names = sorted(bars, key=lambda name: bars[name])
-        colours = ["#1f6f8b" if name in OPERATORS.values() else "#b8b8b8" for name in names]
+        colours = ["#1f6f8b" if name in (OURS, *OPERATORS.values()) else "#b8b8b8" for name in names]
         drawn = panel.barh(names, [bars[name] for name in names], color=colours)
         panel.bar_label(drawn, fmt="%.0f", padding=3)
         panel.set_title(f"{case['case']}, rows: {case['rows']}", loc="left")

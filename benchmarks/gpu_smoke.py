@@ -86,7 +86,7 @@ def look_at(folder: Path, model: Path, device: str) -> dict[str, Any]:
         session: Any = cuda_session(bundle)
         found["log"] = printed().splitlines()[-40:]
     with session:
-        found |= {"not_on_gpu": session.elsewhere, "shares_weights": session.shares}
+        found |= {"not_on_gpu": session.elsewhere, "shares_weights": session.shares, "no_kernels": session.no_kernels}
         for modality, name in enumerate(config.modality_names):
             ids = config.id_ranges[modality]
             prompt = [ids[(7 + 31 * place) % len(ids)] for place in range(24)]
@@ -103,6 +103,7 @@ def look_at(folder: Path, model: Path, device: str) -> dict[str, Any]:
             found[name] = {
                 "errors": [round(one, 6) for one in errors],
                 "captured": {graph.name: graph in session._recorded for graph in held.steps},
+                "own_kernels": sorted(graph.name for graph in held.kernels),
                 "cache_in_place": [value.data_ptr() for value in held.buffers.values] == places,
                 "cache_device": sorted({value.device_name() for value in held.buffers.values}),
                 "positions_written": sorted(set(written.tolist())),
@@ -136,7 +137,7 @@ def smoke(model: Path, bundles: tuple[Path, ...], keep: Callable[[dict[str, Any]
     def kept() -> None:
         keep(document)
 
-    tried(document, "gpu", lambda: vars(find_gpus().first) | {"cuda_of_driver": find_gpus().driver}, kept)  # type: ignore[arg-type]
+    tried(document, "gpu", lambda: vars(find_gpus().first) | {"cuda_of_driver": find_gpus().driver}, kept)
     tried(document, "nvidia_smi", nvidia_smi, kept)
     tried(document, "bandwidth_bytes_per_s", lambda: measure_bandwidth(torch.device("cuda")), kept)
     torch.cuda.empty_cache()

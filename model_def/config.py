@@ -9,6 +9,7 @@ k key/value heads, d head size, m model width, v vocabulary (summed over the mod
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -325,6 +326,25 @@ class ModelConfig:
     def tiny(cls, **changes: Any) -> "ModelConfig":
         """The configuration that tests and examples share: every feature at the smallest size, 2 layers."""
         return cls.preset("tiny").replace(**changes)
+
+
+def rope_frequencies(rope: RopeConfig, head_size: int) -> list[float]:
+    """The angle by which each pair of a head turns from one position to the next: d/2 numbers.
+
+    theta^(-2i/d) (Su et al. 2021, RoFormer); scaling follows Meta's llama-models: wavelengths longer than
+    original/low_freq_factor are slowed by ``factor``, shorter than original/high_freq_factor are kept, and in between the two
+    are blended.
+    """
+    frequencies = [rope.theta ** -(2 * i / head_size) for i in range(head_size // 2)]
+    if rope.scaling is None:
+        return frequencies
+    scaling, scaled = rope.scaling, []
+    for frequency in frequencies:
+        turns = scaling.original_max_seq_len * frequency / (2 * math.pi)  # full turns over the original context
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = min(max(blend, 0.0), 1.0)
+        scaled.append(frequency * (blend + (1.0 - blend) / scaling.factor))
+    return scaled
 
 
 def _modality_from_dict(values: Any) -> Modality:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import Tensor
 
-from motrt.model_def.config import RopeConfig, RopeStyle
+from motrt.model_def.config import RopeConfig, RopeStyle, rope_frequencies
 
 OPSET = 24
 
@@ -36,20 +36,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rope_tables(rope: RopeConfig, head_size: int, max_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position: two tensors [max_seq_len, d/2], computed in float64, rounded once.
-
-    Frequencies are theta^(-2i/d) (Su et al. 2021, RoFormer); scaling follows Meta's llama-models: wavelengths longer
-    than original/low_freq_factor are slowed by ``factor``, shorter than original/high_freq_factor are kept, and in
-    between the two are blended.
-    """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-    frequencies = rope.theta**-exponents
-    if rope.scaling is not None:
-        scaling = rope.scaling
-        turns = scaling.original_max_seq_len * frequencies / (2 * torch.pi)  # full turns over the original context
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = blend.clamp(0.0, 1.0)
-        frequencies = frequencies * (blend + (1.0 - blend) / scaling.factor)
+    """Cosines and sines of every position: two tensors [max_seq_len, d/2], computed in float64, rounded once."""
+    # One at a time: a trace knows tensors that are filled, and not those that are made of lists.
+    frequencies = torch.cat([torch.full((1,), one, dtype=torch.float64) for one in rope_frequencies(rope, head_size)])
     angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -1,4 +1,4 @@
-"""The little of CUDA that sessions need: memory, one stream, copies, and recorded graphs. Over polygraphy's binding, not torch.
+"""The little of CUDA that sessions need: memory, a stream, copies, kernels, recorded graphs; over polygraphy's binding.
 
 One file, so that a session can be examined on a machine without a GPU by giving it a device of another kind.
 """
@@ -6,11 +6,14 @@ One file, so that a session can be examined on a machine without a GPU by giving
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from motrt.errors import BackendError
+from motrt.runtime.cuda_compiler import CudaModule, compiled
+from motrt.runtime.gpu import Gpu, find_gpus
 
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on allocating
 
@@ -133,6 +136,26 @@ class CudaDevice:
         finally:
             self._call("cudaGraphDestroy", graph)
         return _Recorded(self, executable)
+
+    def compile(self, source: str, macros: dict[str, str]) -> CudaModule:
+        """Kernels of CUDA C++ for this GPU, which are launched on this stream.
+
+        Raises:
+            BackendError: where they cannot be compiled or loaded.
+        """
+        major, minor = map(int, self._gpu.compute_capability.split("."))
+        return CudaModule(compiled(source, macros, (major, minor)), self.stream, (major, minor))
+
+    @property
+    def num_multiprocessors(self) -> int:
+        return self._gpu.num_multiprocessors
+
+    @cached_property
+    def _gpu(self) -> Gpu:
+        gpus = find_gpus()
+        if gpus.first is None:
+            raise BackendError(gpus.reason)
+        return gpus.first
 
     def launch(self, executable: ctypes.c_void_p) -> None:
         """Put a recorded graph on the stream."""

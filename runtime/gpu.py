@@ -1,13 +1,15 @@
-"""Which NVIDIA GPUs this machine has, asked of the driver itself. Standard library alone: nothing need be installed to ask."""
+"""Which NVIDIA GPUs this machine has, asked of the driver itself. Nothing need be installed to ask."""
 
 import contextlib
 import ctypes
 from dataclasses import dataclass
 
+from motrt.errors import BackendError
+
 _LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 
 # Of CUdevice_attribute, in cuda.h.
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS = 75, 76, 16
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Gpu:
         name: the driver's name for it.
         compute_capability: ``8.9``.
         memory_bytes: all of it, used or not.
+        num_multiprocessors: that it computes with.
     """
 
     name: str
     compute_capability: str
     memory_bytes: int
+    num_multiprocessors: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.compute_capability}, {self.memory_bytes / 1e9:.0f} GB)"
@@ -63,6 +67,18 @@ def find_gpus() -> Gpus:
     return Gpus(found, driver, "" if found else "the NVIDIA driver shows no GPU")
 
 
+def cuda_driver() -> ctypes.CDLL:
+    """The driver's library.
+
+    Raises:
+        BackendError: where there is none.
+    """
+    library = _driver()
+    if library is None:
+        raise BackendError("no NVIDIA driver is installed (libcuda.so.1 is not there)")
+    return library
+
+
 def _driver() -> ctypes.CDLL | None:
     for name in _LIBRARIES:
         with contextlib.suppress(OSError):
@@ -77,7 +93,8 @@ def _gpu(library: ctypes.CDLL, number: int) -> Gpu:
     library.cuDeviceGetName(name, len(name), device)
     library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     major, minor = (_attribute(library, device, which) for which in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
-    return Gpu(name.value.decode(errors="replace"), f"{major}.{minor}", memory.value)
+    multiprocessors = _attribute(library, device, _MULTIPROCESSORS)
+    return Gpu(name.value.decode(errors="replace"), f"{major}.{minor}", memory.value, multiprocessors)
 
 
 def _attribute(library: ctypes.CDLL, device: ctypes.c_int, which: int) -> int:

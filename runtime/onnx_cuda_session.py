@@ -23,7 +23,7 @@ import onnxruntime as ort
 from motrt.errors import BackendError
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
-from motrt.model_def.parameters import Parameter
+from motrt.model_def.parameters import Parameter, parameters
 from motrt.runtime.bundle import WEIGHTS_FILE, WeightPlaces
 from motrt.runtime.cuda_device import CudaDevice
 from motrt.runtime.graph_choice import as_contract, choose, feed
@@ -31,6 +31,7 @@ from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.onnx_session import BoundBuffers, LoadedGraph, OnnxSession, session_options
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
+from motrt.runtime.step_kernels import CapturedStep, StepKernels, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Held:
 
     buffers: BoundBuffers
     steps: dict[Graph, RecordedStep] = field(default_factory=dict)
+    kernels: dict[Graph, CapturedStep] = field(default_factory=dict)
 
 
 class Lease:
@@ -100,8 +102,10 @@ class CudaOnnxSession(OnnxSession):
             what it thinks best, which since 1.30 is cuDNN's on Hopper and newer.
         weights: where weights lie that are put on the device once, for all graphs (``Manifest.shared_weights``). What is not
             named each graph holds for itself.
+        step_kernels: whether steps of one modality take this package's own kernels (``step_kernels``), where they can.
 
     Attributes:
+        no_kernels: why steps take onnxruntime's kernels; empty where they take this package's own.
         elsewhere: by graph, the operators that onnxruntime did not put on the GPU, and how many of each; what computes shapes
             is meant to be there. None where this onnxruntime does not say.
         shares: by graph, whether it reads the weights that all share.
@@ -123,6 +127,7 @@ class CudaOnnxSession(OnnxSession):
         stream: int = 0,
         attention_kernels: int = 0,
         weights: WeightPlaces | None = None,
+        step_kernels: bool = True,
     ) -> None:
         self._recorded = {graph for graph in graphs if graph.takes_one_token} if records_steps else set()
         self._asked = {"user_compute_stream": str(stream)} if stream else {}
@@ -137,6 +142,39 @@ class CudaOnnxSession(OnnxSession):
         super().__init__(model, config, graphs=graphs, exact_activations=True)
         self.backend = "onnxruntime (CUDA)"
         self.smallest_capacity = config.max_seq_len  # growing would move what is recorded
+        self._kernels: StepKernels | None = None
+        self.no_kernels = self._why_no_kernels() if step_kernels and records_steps else "they were not asked for"
+        if not self.no_kernels:
+            self._open_kernels(model.parent / WEIGHTS_FILE)
+
+    def _why_no_kernels(self) -> str:
+        if self.device != "cuda":
+            return "they are for GPUs"
+        if self._shared is None or not any(graph.is_step for graph in self._loaded):
+            return "the bundle does not say where its weights lie, or has no steps of one modality"
+        return why_not(self.config, self._shared.dtype, list(self._shared.places))
+
+    def _open_kernels(self, weights_file: Path) -> None:
+        """Compile the steps of one row; where that fails, steps are onnxruntime's."""
+        shared, known = self._shared, {one.name: one for one in parameters(self.config)}
+        assert shared is not None
+
+        def address(name: str) -> int:
+            return int(self._weight(weights_file, known[name], shared).value.data_ptr())
+
+        try:
+            device = self._copier or CudaDevice()
+            kernels = StepKernels(self.config, shared.dtype, device, address)
+            for modality in sorted({graph.tokens for graph in self._loaded if graph.tokens is not None}):
+                kernels.prepare(modality, 1)
+        except BackendError as failure:
+            self._give_up_kernels(failure)
+        else:
+            self._kernels = kernels
+
+    def _give_up_kernels(self, failure: BackendError) -> None:
+        self._kernels, self.no_kernels = None, str(failure)
+        logger.warning("steps take onnxruntime's kernels, not this package's own: %s", self.no_kernels)
 
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:
         # TF32 keeps ten bits of a float32 product: what the parity ladder allows, it would use up.
@@ -279,6 +317,10 @@ class CudaOnnxSession(OnnxSession):
         held: Held = cache.buffers.held
         loaded = self._loaded[choose(self._loaded, inputs)]
         with _ONE_AT_A_TIME:
+            step = self._captured(loaded.graph, held, len(inputs.cache_position))
+            if step is not None and self._kernels is not None:
+                self.passes[loaded.graph.name] += 1
+                return as_contract(loaded.graph, self.config, self._kernels.run(step, inputs), inputs)
             if loaded.graph not in self._recorded:
                 return self._run(loaded, held.buffers, inputs, _not_recorded())
             is_new = loaded.graph not in held.steps
@@ -293,6 +335,19 @@ class CudaOnnxSession(OnnxSession):
                 logger.warning("steps of %s are not recorded as a CUDA graph: %s", loaded.graph.name, str(failure))
                 self._recorded.discard(loaded.graph)
                 return self._run(loaded, held.buffers, inputs, _not_recorded())
+
+    def _captured(self, graph: Graph, held: Held, rows: int) -> CapturedStep | None:
+        """A step of own kernels over a cache; None where it is not theirs, or cannot be had."""
+        if self._kernels is None or not self._kernels.serves(graph, rows):
+            return None
+        if graph not in held.kernels:
+            addresses = [int(value.data_ptr()) for value in held.buffers.values]
+            caches = list(zip(addresses[::2], addresses[1::2], strict=True))
+            try:
+                held.kernels[graph] = self._kernels.capture(graph, rows, caches)
+            except BackendError as failure:
+                self._give_up_kernels(failure)
+        return held.kernels.get(graph)
 
     def _step(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> RecordedStep:
         """Device memory for what a step takes and gives, bound once; onnxruntime records the pass when it is done again."""

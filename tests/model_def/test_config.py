@@ -296,7 +296,7 @@ def test_text_that_is_no_json_object_is_refused(text: str) -> None:
 
 
 def test_unknown_presets_and_modalities_are_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"choose one of tiny, small, llama-3\.2-1b, llama-3\.2-1b-text"):
+    with pytest.raises(ConfigError, match=r"choose one of tiny, tiny64, small, llama-3\.2-1b, llama-3\.2-1b-text"):
         ModelConfig.preset("medium")
     with pytest.raises(ConfigError, match="it has text, audio"):
         TINY.modality_index("video")

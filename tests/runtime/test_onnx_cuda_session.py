@@ -30,8 +30,9 @@ from motrt.runtime.onnx_cuda_session import MOST_IDLE, CudaOnnxSession, Lease
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
 from motrt.tests.export.models import torch_session
+from motrt.tests.runtime.host_kernels import COMPILER, KernelDevice
 
-TINY = ModelConfig.tiny()
+TINY, TINY64 = ModelConfig.tiny(), ModelConfig.preset("tiny64")
 TEXT, AUDIO = list(range(5)), list(range(TINY.id_ranges[1].start, TINY.id_ranges[1].start + 5))
 STEPS = plan_for("cuda", TINY)
 
@@ -384,3 +385,74 @@ def test_what_is_kept_for_others_is_given_up_where_memory_is_short(bundle: Path,
 
         monkeypatch.setattr(session, "_value", value)
         session.prefill([TEXT], "text")
+
+
+class WithKernels(OnTheHost):
+    """Its steps of one modality are the package's own kernels, compiled for the host."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.kernel_device = KernelDevice()
+        self.__dict__["_copier"] = self.kernel_device
+        super().__init__(*arguments, **options)
+
+    def _why_no_kernels(self) -> str:
+        self.device = "cuda"
+        try:
+            return super()._why_no_kernels()
+        finally:
+            self.device = "cpu"
+
+
+@pytest.fixture(scope="module")
+def half_bundle(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("half") / "b"
+    export_bundle(make_checkpoint(TINY64), out, "fp16", verify=False, target="cuda")
+    return out
+
+
+def with_kernels(bundle: Path, **options: Any) -> WithKernels:
+    opened = open_bundle(bundle)
+    shared = {"weights": opened.manifest.shared_weights}
+    return WithKernels(bundle / "model.onnx", opened.config, (*opened.manifest.graphs, CANONICAL), **(shared | options))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_steps_of_own_kernels_say_what_onnxruntimes_say(half_bundle: Path) -> None:
+    ranges = TINY64.id_ranges
+    with with_kernels(half_bundle) as session, with_kernels(half_bundle, step_kernels=False) as other:
+        assert session.no_kernels == "" and other.no_kernels == "they were not asked for"
+        said = []
+        for one in (session, other):
+            caches = [one.prefill([prompt], "text")[1] for prompt in (TEXT, TEXT[:3])]
+            steps = [one.decode_step([2], "text", caches[0]), one.decode_step([3], "audio", caches[0])]
+            steps.append(one.decode_step([AUDIO[1]], "audio", caches[0]))
+            joined = one.join_rows([(caches[1], 0), (caches[1], 0)])
+            steps += [one.decode_step([5, 6], "text", joined), one.decode_step([7, AUDIO[0]], ["text", "audio"], joined)]
+            said.append(steps)
+        assert {graph.name for graph in caches[0].buffers.held.kernels} == set()
+        assert session.kernel_device.num_recorded == 4  # text, its change-over, audio, and two rows of text; not rows of both
+        for ours, theirs in zip(*said, strict=True):
+            for row, right in zip(ours, theirs, strict=True):
+                np.testing.assert_array_equal(np.isinf(row), np.isinf(right))
+                ids = ranges[0] if np.isfinite(right[0]) else ranges[1]
+                own, expected = row[ids.start : ids.stop], right[ids.start : ids.stop]
+                assert np.linalg.norm(own - expected) <= 0.01 * np.linalg.norm(expected)
+
+
+def test_kernels_that_cannot_be_compiled_are_told_and_onnxruntime_goes_on(
+    half_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Any, source: str, macros: dict[str, str]) -> Any:
+        raise BackendError("NVRTC cannot compile")
+
+    monkeypatch.setattr(KernelDevice, "compile", refuse)
+    with with_kernels(half_bundle) as session:
+        assert session.no_kernels == "NVRTC cannot compile" and "onnxruntime's kernels" in caplog.text
+        _, cache = session.prefill([TEXT], "text")
+        session.decode_step([1], "text", cache)
+        assert cache.buffers.held.kernels == {} and cache.buffers.held.steps
+
+
+def test_kernels_are_not_for_weights_of_codes_or_of_float32(bundle: Path) -> None:
+    with with_kernels(bundle) as session:
+        assert session.no_kernels == "they are for bfloat16 and float16, not for float32"
