@@ -105,64 +105,123 @@ __device__ __forceinline__ float warp_sum(float value) {  // every lane gets it
 
 // ---- Products.
 
+// A weight that every thread of a block needs, [m] T in shared memory; nobody's result, so it may be asked for at once.
+__device__ __forceinline__ void keep_norm(const Stored* weight, Stored (&kept)[WIDTH]) {
+    for (int i = threadIdx.x * VECTOR; i < WIDTH; i += THREADS * VECTOR) {
+        const uint4 own = load_once(weight + i);
+        *reinterpret_cast<uint4*>(&kept[i]) = own;
+    }
+}
+
 // x [b, m] float32 -> normed [b, m] T in shared memory: x / rms(x) * weight, each row by warps of its own.
-__device__ __forceinline__ void normalize(const float* x, const Stored* weight, Stored (*normed)[WIDTH], float* sums) {
+__device__ __forceinline__ void normalize(const float* x, const Stored (&weight)[WIDTH], Stored (*normed)[WIDTH], float* sums) {
+    constexpr int FOUR = 4, STEP = 32 * WARPS_A_ROW * FOUR, COUNT = (WIDTH + STEP - 1) / STEP;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / WARPS_A_ROW;
-    const int begin = (warp % WARPS_A_ROW) * 32 + lane;
+    const int begin = ((warp % WARPS_A_ROW) * 32 + lane) * FOUR;
+    const float4* from = reinterpret_cast<const float4*>(x + row * WIDTH);
+    float4 own[COUNT];
     float sum = 0;
-    if (row < ROWS)
-        for (int i = begin; i < WIDTH; i += 32 * WARPS_A_ROW) sum += x[row * WIDTH + i] * x[row * WIDTH + i];
+    if (row < ROWS) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            own[n] = begin + n * STEP < WIDTH ? from[(begin + n * STEP) / FOUR] : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            sum += own[n].x * own[n].x + own[n].y * own[n].y + own[n].z * own[n].z + own[n].w * own[n].w;
+    }
     sum = warp_sum(sum);
     if (lane == 0) sums[warp] = sum;
     __syncthreads();
     if (row < ROWS) {
         float total = 0;
+#pragma unroll
         for (int i = 0; i < WARPS_A_ROW; ++i) total += sums[row * WARPS_A_ROW + i];
         const float scale = rsqrtf(total / WIDTH + NORM_EPS);
-        for (int i = begin; i < WIDTH; i += 32 * WARPS_A_ROW)
-            normed[row][i] = to_stored(x[row * WIDTH + i] * scale * to_float(weight[i]));
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            const int i = begin + n * STEP;
+            if (i < WIDTH) {
+                normed[row][i] = to_stored(own[n].x * scale * to_float(weight[i]));
+                normed[row][i + 1] = to_stored(own[n].y * scale * to_float(weight[i + 1]));
+                normed[row][i + 2] = to_stored(own[n].z * scale * to_float(weight[i + 2]));
+                normed[row][i + 3] = to_stored(own[n].w * scale * to_float(weight[i + 3]));
+            }
+        }
     }
     __syncthreads();
 }
 
-// Dot products of R weight rows of K values with every row's activations, a warp a unit; `write(unit, row, sums)` for one lane.
-template <int K, int R, typename RowOf, typename Prepare, typename Activations, typename Write>
-__device__ __forceinline__ void product(int units, RowOf row_of, Prepare prepare, Activations activations, Write write) {
+__device__ __forceinline__ uint4 vector_at(const Stored* values) { return *reinterpret_cast<const uint4*>(values); }
+
+// Where the activations of a product come from: `prefetch` before the kernel ahead has ended, `prepare` after, by every thread.
+struct Normed {
+    const float* x;
+    const Stored* norm;
+    Stored (*normed)[WIDTH];
+    Stored (&kept)[WIDTH];
+    float* sums;
+    __device__ __forceinline__ void prefetch() { keep_norm(norm, kept); }
+    __device__ __forceinline__ void prepare() {
+        __syncthreads();
+        normalize(x, kept, normed, sums);
+    }
+    __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(&normed[b][k]); }
+};
+
+template <int K>
+struct Plain {  // [b, K] T
+    const Stored* values;
+    __device__ __forceinline__ void prefetch() {}
+    __device__ __forceinline__ void prepare() {}
+    __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(values + b * K + k); }
+};
+
+// Dot products of R weight rows of K values with every row's activations, a warp a unit. Of a unit, `task` says which weight
+// rows it takes, what else can be asked for beforehand (`prefetch`: weights; `fetch`: what a step computes), and what is done
+// with the sums of row b, by lane b.
+template <int K, int R, typename Activations, typename Task>
+__device__ __forceinline__ void product(int units, Activations activations, Task task) {
     constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK;
     constexpr int AHEAD = CHUNKS < MAX_AHEAD / R ? CHUNKS : MAX_AHEAD / R;
     const int lane = threadIdx.x % 32, first = blockIdx.x * WARPS + threadIdx.x / 32, step = gridDim.x * WARPS;
     const Stored* rows[R];
     uint4 held[AHEAD][R];
-    const auto fetch = [&](int chunk, uint4 (&into)[R]) {
+    const auto load = [&](int chunk, uint4 (&into)[R]) {
         const int k = chunk * CHUNK + lane * VECTOR;
 #pragma unroll
         for (int r = 0; r < R; ++r) into[r] = K % CHUNK == 0 || k < K ? load_once(rows[r] + k) : make_uint4(0, 0, 0, 0);
     };
     const auto begin = [&](int unit) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) rows[r] = row_of(unit, r);
+        for (int r = 0; r < R; ++r) rows[r] = task.weights(unit, r);
 #pragma unroll
-        for (int chunk = 0; chunk < AHEAD; ++chunk) fetch(chunk, held[chunk]);
+        for (int chunk = 0; chunk < AHEAD; ++chunk) load(chunk, held[chunk]);
+        if (lane < ROWS) task.prefetch(unit, lane);
     };
     if (first < units) begin(first);  // weights are nobody's result: they may be on their way while the kernel ahead ends
+    activations.prefetch();
     let_next_start();
     wait_for_previous();
-    prepare();
+    if (first < units && lane < ROWS) task.fetch(first, lane);
+    activations.prepare();
     for (int unit = first; unit < units; unit += step) {
-        if (unit != first) begin(unit);
+        if (unit != first) {
+            begin(unit);
+            if (lane < ROWS) task.fetch(unit, lane);
+        }
         float sums[R][ROWS] = {};
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             float weights[R][VECTOR];
 #pragma unroll
             for (int r = 0; r < R; ++r) unpack(held[chunk % AHEAD][r], weights[r]);
-            if (chunk + AHEAD < CHUNKS) fetch(chunk + AHEAD, held[chunk % AHEAD]);
+            if (chunk + AHEAD < CHUNKS) load(chunk + AHEAD, held[chunk % AHEAD]);
             const int k = chunk * CHUNK + lane * VECTOR;
             if (K % CHUNK == 0 || k < K) {
 #pragma unroll
                 for (int b = 0; b < ROWS; ++b) {
                     float values[VECTOR];
-                    unpack(activations(b, k), values);
+                    unpack(activations.at(b, k), values);
 #pragma unroll
                     for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -175,32 +234,57 @@ __device__ __forceinline__ void product(int units, RowOf row_of, Prepare prepare
             float own[R];
 #pragma unroll
             for (int r = 0; r < R; ++r) own[r] = warp_sum(sums[r][b]);
-            if (lane == b) write(unit, b, own);
+            if (lane == b) task.finish(unit, b, own);
         }
     }
 }
 
-__device__ __forceinline__ uint4 vector_at(const Stored* values) { return *reinterpret_cast<const uint4*>(values); }
-
 // A product behind a norm of the residual stream x.
-template <int R, typename RowOf, typename Write>
-__device__ __forceinline__ void product_of_norm(const float* x, const Stored* norm, int units, RowOf row_of, Write write) {
+template <int R, typename Task>
+__device__ __forceinline__ void product_of_norm(const float* x, const Stored* norm, int units, Task task) {
     __shared__ __align__(16) Stored normed[ROWS][WIDTH];
+    __shared__ __align__(16) Stored kept[WIDTH];
     __shared__ float sums[WARPS];
-    product<WIDTH, R>(
-        units, row_of, [&] { normalize(x, norm, normed, sums); }, [&](int b, int k) { return vector_at(&normed[b][k]); }, write);
+    product<WIDTH, R>(units, Normed{x, norm, normed, kept, sums}, task);
 }
 
-// A product of activations [b, K] T.
-template <int K, int R, typename RowOf, typename Write>
-__device__ __forceinline__ void product_of(const Stored* activations, int units, RowOf row_of, Write write) {
-    product<K, R>(
-        units, row_of, [] {}, [&](int b, int k) { return vector_at(activations + b * K + k); }, write);
-}
+__device__ __forceinline__ float bias_at(const Stored* bias, int n) { return bias == nullptr ? 0.0f : to_float(bias[n]); }
 
-__device__ __forceinline__ float biased(float value, const Stored* bias, int n) {
-    return bias == nullptr ? value : value + to_float(bias[n]);
-}
+// One row of a matrix [units, K] a unit, with a bias or none.
+template <int K>
+struct Rows {
+    const Stored* matrix;
+    const Stored* bias;
+    float added = 0;
+    __device__ __forceinline__ const Stored* weights(int unit, int) const { return matrix + (long long)unit * K; }
+    __device__ __forceinline__ void prefetch(int unit, int) { added = bias_at(bias, unit); }
+    __device__ __forceinline__ void fetch(int, int) {}
+};
+
+// x += matrix activations + bias.
+template <int K>
+struct AddTo : Rows<K> {
+    float* x;
+    float before = 0;
+    __device__ __forceinline__ AddTo(const Stored* matrix, const Stored* bias, float* x) : Rows<K>{matrix, bias}, x(x) {}
+    __device__ __forceinline__ void fetch(int unit, int b) { before = x[b * WIDTH + unit]; }
+    __device__ __forceinline__ void finish(int unit, int b, const float (&sums)[1]) {
+        x[b * WIDTH + unit] = before + sums[0] + this->added;
+    }
+};
+
+// out [b, width] T = f(matrix activations + bias).
+template <int K, bool IS_GELU>
+struct StoreIn : Rows<K> {
+    Stored* out;
+    int width;
+    __device__ __forceinline__ StoreIn(const Stored* matrix, const Stored* bias, Stored* out, int width)
+        : Rows<K>{matrix, bias}, out(out), width(width) {}
+    __device__ __forceinline__ void finish(int unit, int b, const float (&sums)[1]) {
+        const float value = sums[0] + this->added;
+        out[b * width + unit] = to_stored(IS_GELU ? gelu(value) : value);
+    }
+};
 
 // ---- Kernels. Every one of them waits for the one ahead before it reads or writes what a step computes.
 
@@ -212,46 +296,57 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const long long* ids
     for (int i = threadIdx.x; i < WIDTH; i += THREADS) x[blockIdx.x * WIDTH + i] = to_float(row[i]);
 }
 
-// Queries [b, heads, d] float32, rotated; keys and values into the caches [b, k, t, d] at each row's position. A unit is a pair
-// of values that are rotated together.
+// A pair of values of a head that are rotated together.
+struct HeadPair {
+    static constexpr int HALF = HEAD_SIZE / 2;
+    const Stored *wq, *wk, *wv, *cosines, *sines;
+    const long long* positions;
+    float* queries;
+    Stored *keys, *values;
+    long long position = 0;
+    float c = 1, s = 0;
+    static __device__ __forceinline__ int place(int unit, int r) {
+        return IS_INTERLEAVED ? 2 * (unit % HALF) + r : unit % HALF + r * HALF;
+    }
+    __device__ __forceinline__ const Stored* weights(int unit, int r) const {
+        const int head = unit / HALF;
+        const Stored* matrix = head < HEADS ? wq : head < HEADS + KV_HEADS ? wk : wv;
+        const int own = head < HEADS ? head : (head - HEADS) % KV_HEADS;
+        return matrix + (long long)(own * HEAD_SIZE + place(unit, r)) * WIDTH;
+    }
+    __device__ __forceinline__ void prefetch(int unit, int b) {  // a step's positions are its input, no kernel's result
+        position = positions[b];
+        const bool is_rotated = unit / HALF < HEADS + KV_HEADS;
+        c = is_rotated ? to_float(cosines[position * HALF + unit % HALF]) : 1.0f;
+        s = is_rotated ? to_float(sines[position * HALF + unit % HALF]) : 0.0f;
+    }
+    __device__ __forceinline__ void fetch(int, int) {}
+    __device__ __forceinline__ void finish(int unit, int b, const float (&sums)[2]) {
+        const int head = unit / HALF;
+        const float first = sums[0] * c - sums[1] * s, second = sums[1] * c + sums[0] * s;
+        if (head < HEADS) {
+            float* own = queries + (b * HEADS + head) * HEAD_SIZE;
+            own[place(unit, 0)] = first;
+            own[place(unit, 1)] = second;
+        } else {
+            Stored* cache = head < HEADS + KV_HEADS ? keys : values;
+            cache += ((long long)(b * KV_HEADS + (head - HEADS) % KV_HEADS) * CAPACITY + position) * HEAD_SIZE;
+            cache[place(unit, 0)] = to_stored(first);
+            cache[place(unit, 1)] = to_stored(second);
+        }
+    }
+};
+
+// Queries [b, heads, d] float32, rotated; keys and values into the caches [b, k, t, d] at each row's position.
 extern "C" __global__ void __launch_bounds__(THREADS)
     project_heads(const float* x, const Stored* norm, const Stored* wq, const Stored* wk, const Stored* wv, const Stored* cosines,
                   const Stored* sines, const long long* positions, float* queries, Stored* keys, Stored* values) {
-    constexpr int HALF = HEAD_SIZE / 2;
-    const auto place = [](int unit, int r) { return IS_INTERLEAVED ? 2 * (unit % HALF) + r : unit % HALF + r * HALF; };
     product_of_norm<2>(
-        x, norm, (HEADS + 2 * KV_HEADS) * HALF,
-        [&](int unit, int r) {
-            const int head = unit / HALF;
-            const Stored* matrix = head < HEADS ? wq : head < HEADS + KV_HEADS ? wk : wv;
-            const int own = head < HEADS ? head : (head - HEADS) % KV_HEADS;
-            return matrix + (long long)(own * HEAD_SIZE + place(unit, r)) * WIDTH;
-        },
-        [&](int unit, int b, const float (&sums)[2]) {
-            const int head = unit / HALF;
-            const long long position = positions[b];
-            float first = sums[0], second = sums[1];
-            if (head < HEADS + KV_HEADS) {
-                const float c = to_float(cosines[position * HALF + unit % HALF]), s = to_float(sines[position * HALF + unit % HALF]);
-                first = sums[0] * c - sums[1] * s;
-                second = sums[1] * c + sums[0] * s;
-            }
-            if (head < HEADS) {
-                float* own = queries + (b * HEADS + head) * HEAD_SIZE;
-                own[place(unit, 0)] = first;
-                own[place(unit, 1)] = second;
-            } else {
-                const int own = (head - HEADS) % KV_HEADS;
-                Stored* cache = head < HEADS + KV_HEADS ? keys : values;
-                cache += ((long long)(b * KV_HEADS + own) * CAPACITY + position) * HEAD_SIZE;
-                cache[place(unit, 0)] = to_stored(first);
-                cache[place(unit, 1)] = to_stored(second);
-            }
-        });
+        x, norm, (HEADS + 2 * KV_HEADS) * HeadPair::HALF, HeadPair{wq, wk, wv, cosines, sines, positions, queries, keys, values});
 }
 
-// Softmax over the first positions[b] + 1 keys, a block for each (part of the keys, key/value head, row); the last block of a
-// head puts the parts together: attended [b, heads, d] T.
+// Softmax over the first positions[b] + 1 keys, a block for each (part of the keys, key/value head, row): attended [b, heads, d]
+// T. Where the keys of a row are shared among several blocks, the last of them puts the parts together.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const float* queries, const Stored* keys, const Stored* values, const long long* positions, float* partial,
            int* counters, Stored* attended) {
@@ -259,26 +354,43 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % LANES, slot = warp * KEYS + lane / LANES;
     const int split = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
-    let_next_start();
-    wait_for_previous();
-    const int num_keys = int(positions[b]) + 1, share = (num_keys + SPLITS - 1) / SPLITS;
+    const int num_keys = int(positions[b]) + 1, even = (num_keys + SPLITS - 1) / SPLITS;
+    const int share = even > MIN_KEYS ? even : MIN_KEYS, num_splits = (num_keys + share - 1) / share;
     const int begin = split * share, end = begin + share < num_keys ? begin + share : num_keys;
     const long long cache = (long long)(b * KV_HEADS + head) * CAPACITY * HEAD_SIZE + part * VECTOR;
+    uint4 packed_key, packed_value;
+    const auto load = [&](int key) {
+        const long long place = cache + (long long)(key < end ? key : begin) * HEAD_SIZE;
+        packed_key = __ldcg(reinterpret_cast<const uint4*>(keys + place));
+        packed_value = __ldcg(reinterpret_cast<const uint4*>(values + place));
+    };
+    const int newest = num_keys - 1;  // the one key that this step has made
+    if (split < num_splits && begin + slot != newest) load(begin + slot < newest ? begin + slot : begin);
+    let_next_start();
+    wait_for_previous();
+    if (split >= num_splits) return;
+    if (begin + slot == newest) load(newest);
     float query[GROUP][VECTOR], sum[GROUP][VECTOR] = {}, most[GROUP], weight[GROUP] = {};
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
         most[g] = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i)
-            query[g][i] = queries[(b * HEADS + head * GROUP + g) * HEAD_SIZE + part * VECTOR + i] * SOFTMAX_SCALE;
+        const float4* from = reinterpret_cast<const float4*>(queries + (b * HEADS + head * GROUP + g) * HEAD_SIZE + part * VECTOR);
+        const float4 low = from[0], high = from[1];
+        query[g][0] = low.x * SOFTMAX_SCALE;
+        query[g][1] = low.y * SOFTMAX_SCALE;
+        query[g][2] = low.z * SOFTMAX_SCALE;
+        query[g][3] = low.w * SOFTMAX_SCALE;
+        query[g][4] = high.x * SOFTMAX_SCALE;
+        query[g][5] = high.y * SOFTMAX_SCALE;
+        query[g][6] = high.z * SOFTMAX_SCALE;
+        query[g][7] = high.w * SOFTMAX_SCALE;
     }
     for (int base = begin; base < end; base += WARPS * KEYS) {
-        const int key = base + slot;
-        const bool is_there = key < end;
-        const long long place = cache + (long long)(is_there ? key : begin) * HEAD_SIZE;
+        const bool is_there = base + slot < end;
         float k[VECTOR], v[VECTOR];
-        unpack(vector_at(keys + place), k);
-        unpack(vector_at(values + place), v);
+        unpack(packed_key, k);
+        unpack(packed_value, v);
+        if (base + WARPS * KEYS < end) load(base + WARPS * KEYS + slot);
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             float score = 0;
@@ -318,11 +430,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < GROUP * HEAD_SIZE; i += THREADS) {
         const int g = i / HEAD_SIZE, d = i % HEAD_SIZE;
         float high = -INFINITY, total = 0, own = 0;
+#pragma unroll
         for (int w = 0; w < WARPS; ++w) high = fmaxf(high, merged[w][g][HEAD_SIZE]);
+#pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const float kept = merged[w][g][HEAD_SIZE] == -INFINITY ? 0.0f : expf(merged[w][g][HEAD_SIZE] - high);
             total += merged[w][g][HEAD_SIZE + 1] * kept;
             own += merged[w][g][d] * kept;
+        }
+        if (num_splits == 1) {
+            attended[(b * HEADS + head * GROUP + g) * HEAD_SIZE + d] = to_stored(own / total);
+            continue;
         }
         float* into = parts + (split * GROUP + g) * PARTIAL;
         into[d] = own;
@@ -331,19 +449,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             into[HEAD_SIZE + 1] = total;
         }
     }
+    if (num_splits == 1) return;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&counters[b * KV_HEADS + head], 1) == SPLITS - 1;
+    if (threadIdx.x == 0) is_last = atomicAdd(&counters[b * KV_HEADS + head], 1) == num_splits - 1;
     __syncthreads();
     if (!is_last) return;
     __threadfence();
     for (int i = threadIdx.x; i < GROUP * HEAD_SIZE; i += THREADS) {
         const int g = i / HEAD_SIZE, d = i % HEAD_SIZE;
         float high = -INFINITY, total = 0, own = 0;
-        for (int s = 0; s < SPLITS; ++s) high = fmaxf(high, __ldcg(parts + (s * GROUP + g) * PARTIAL + HEAD_SIZE));
-        for (int s = 0; s < SPLITS; ++s) {
+        for (int s = 0; s < num_splits; ++s) high = fmaxf(high, __ldcg(parts + (s * GROUP + g) * PARTIAL + HEAD_SIZE));
+        for (int s = 0; s < num_splits; ++s) {
             const float* from = parts + (s * GROUP + g) * PARTIAL;
-            const float top = __ldcg(from + HEAD_SIZE), kept = top == -INFINITY ? 0.0f : expf(top - high);
+            const float kept = expf(__ldcg(from + HEAD_SIZE) - high);
             total += __ldcg(from + HEAD_SIZE + 1) * kept;
             own += __ldcg(from + d) * kept;
         }
@@ -355,67 +474,74 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // x += attended wo.
 extern "C" __global__ void __launch_bounds__(THREADS) project_out(const Stored* attended, const Stored* wo, float* x) {
     constexpr int K = HEADS * HEAD_SIZE;
-    product_of<K, 1>(
-        attended, WIDTH, [&](int unit, int) { return wo + (long long)unit * K; },
-        [&](int unit, int b, const float (&sums)[1]) { x[b * WIDTH + unit] += sums[0]; });
+    product<K, 1>(WIDTH, Plain<K>{attended}, AddTo<K>{wo, nullptr, x});
 }
 
 #if EXPERT_IS_SWIGLU
+struct Gate {
+    const Stored *w1, *w3, *bias1, *bias3;
+    Stored* hidden;
+    float added1 = 0, added3 = 0;
+    __device__ __forceinline__ const Stored* weights(int unit, int r) const { return (r == 0 ? w1 : w3) + (long long)unit * WIDTH; }
+    __device__ __forceinline__ void prefetch(int unit, int) {
+        added1 = bias_at(bias1, unit);
+        added3 = bias_at(bias3, unit);
+    }
+    __device__ __forceinline__ void fetch(int, int) {}
+    __device__ __forceinline__ void finish(int unit, int b, const float (&sums)[2]) {
+        hidden[b * HIDDEN + unit] = to_stored(silu(sums[0] + added1) * (sums[1] + added3));
+    }
+};
+
 // hidden [b, HIDDEN] = silu(w1 norm(x)) * w3 norm(x).
 extern "C" __global__ void __launch_bounds__(THREADS)
     swiglu_in(const float* x, const Stored* norm, const Stored* w1, const Stored* w3, const Stored* bias1, const Stored* bias3,
               Stored* hidden) {
-    product_of_norm<2>(
-        x, norm, HIDDEN, [&](int unit, int r) { return (r == 0 ? w1 : w3) + (long long)unit * WIDTH; },
-        [&](int unit, int b, const float (&sums)[2]) {
-            hidden[b * HIDDEN + unit] = to_stored(silu(biased(sums[0], bias1, unit)) * biased(sums[1], bias3, unit));
-        });
+    product_of_norm<2>(x, norm, HIDDEN, Gate{w1, w3, bias1, bias3, hidden});
 }
 
 // x += w2 hidden.
 extern "C" __global__ void __launch_bounds__(THREADS)
     swiglu_out(const Stored* hidden, const Stored* w2, const Stored* bias2, float* x) {
-    product_of<HIDDEN, 1>(
-        hidden, WIDTH, [&](int unit, int) { return w2 + (long long)unit * HIDDEN; },
-        [&](int unit, int b, const float (&sums)[1]) { x[b * WIDTH + unit] += biased(sums[0], bias2, unit); });
+    product<HIDDEN, 1>(WIDTH, Plain<HIDDEN>{hidden}, AddTo<HIDDEN>{w2, bias2, x});
 }
 #else
 // inner [b, INNER] = down_proj norm(x).
 extern "C" __global__ void __launch_bounds__(THREADS)
     adapter_down(const float* x, const Stored* norm, const Stored* down, Stored* inner) {
-    product_of_norm<1>(
-        x, norm, INNER, [&](int unit, int) { return down + (long long)unit * WIDTH; },
-        [&](int unit, int b, const float (&sums)[1]) { inner[b * INNER + unit] = to_stored(sums[0]); });
+    product_of_norm<1>(x, norm, INNER, StoreIn<WIDTH, false>{down, nullptr, inner, INNER});
 }
 
 // hidden [b, HIDDEN] = gelu(fc1 inner).
 extern "C" __global__ void __launch_bounds__(THREADS)
     adapter_in(const Stored* inner, const Stored* fc1, const Stored* bias1, Stored* hidden) {
-    product_of<INNER, 1>(
-        inner, HIDDEN, [&](int unit, int) { return fc1 + (long long)unit * INNER; },
-        [&](int unit, int b, const float (&sums)[1]) { hidden[b * HIDDEN + unit] = to_stored(gelu(biased(sums[0], bias1, unit))); });
+    product<INNER, 1>(HIDDEN, Plain<INNER>{inner}, StoreIn<INNER, true>{fc1, bias1, hidden, HIDDEN});
 }
 
 // inner [b, INNER] = fc2 hidden.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adapter_out(const Stored* hidden, const Stored* fc2, const Stored* bias2, Stored* inner) {
-    product_of<HIDDEN, 1>(
-        hidden, INNER, [&](int unit, int) { return fc2 + (long long)unit * HIDDEN; },
-        [&](int unit, int b, const float (&sums)[1]) { inner[b * INNER + unit] = to_stored(biased(sums[0], bias2, unit)); });
+    product<HIDDEN, 1>(INNER, Plain<HIDDEN>{hidden}, StoreIn<HIDDEN, false>{fc2, bias2, inner, INNER});
 }
 
 // x += up_proj inner.
 extern "C" __global__ void __launch_bounds__(THREADS) adapter_up(const Stored* inner, const Stored* up, float* x) {
-    product_of<INNER, 1>(
-        inner, WIDTH, [&](int unit, int) { return up + (long long)unit * INNER; },
-        [&](int unit, int b, const float (&sums)[1]) { x[b * WIDTH + unit] += sums[0]; });
+    product<INNER, 1>(WIDTH, Plain<INNER>{inner}, AddTo<INNER>{up, nullptr, x});
 }
 #endif
+
+struct Logits : Rows<WIDTH> {
+    float* logits;
+    int num_ids;
+    __device__ __forceinline__ Logits(const Stored* matrix, float* logits, int num_ids)
+        : Rows<WIDTH>{matrix, nullptr}, logits(logits), num_ids(num_ids) {}
+    __device__ __forceinline__ void finish(int unit, int b, const float (&sums)[1]) {
+        logits[(long long)b * num_ids + unit] = sums[0];
+    }
+};
 
 // logits [b, num_ids] float32 of one modality's ids.
 extern "C" __global__ void __launch_bounds__(THREADS)
     head(const float* x, const Stored* norm, const Stored* weights, int num_ids, float* logits) {
-    product_of_norm<1>(
-        x, norm, num_ids, [&](int unit, int) { return weights + (long long)unit * WIDTH; },
-        [&](int unit, int b, const float (&sums)[1]) { logits[(long long)b * num_ids + unit] = sums[0]; });
+    product_of_norm<1>(x, norm, num_ids, Logits{weights, logits, num_ids});
 }

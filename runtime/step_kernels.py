@@ -38,6 +38,7 @@ class Tuning:
         ahead: 16-byte loads of a thread in flight.
         max_blocks: of a product, for each multiprocessor; a warp then goes on to further rows.
         max_splits: parts of the keys that attention takes beside each other.
+        min_keys: of such a part.
         overlaps: whether a kernel may begin before the one ahead has ended.
     """
 
@@ -45,6 +46,7 @@ class Tuning:
     ahead: int = 8
     max_blocks: int = 8
     max_splits: int = 16
+    min_keys: int = 64
     overlaps: bool = True
 
 
@@ -163,6 +165,7 @@ class StepShape:
             "CAPACITY": config.max_seq_len,
             "IS_INTERLEAVED": int(config.rope.style == "interleaved"),
             "SPLITS": self.splits,
+            "MIN_KEYS": self.tuning.min_keys,
             "EXPERT_IS_SWIGLU": int(not is_adapter),
             "HIDDEN": expert.hidden_size,
             "INNER": expert.width if isinstance(expert, AdapterExpert) else 0,

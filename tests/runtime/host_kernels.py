@@ -32,6 +32,8 @@ def _library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
             "-fno-strict-aliasing",
             f'-DHOST_CUDA="{HEADER}"',
         ]
+        # Or a template's statics, which are a block's memory, would be one for all libraries, whatever their sizes.
+        flags += ["-fno-gnu-unique"] if Path(COMPILER).name == "g++" else []
         done = subprocess.run([COMPILER, *flags, *options, str(file), "-o", str(made)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return ctypes.CDLL(str(made))
