@@ -33,14 +33,12 @@ BASE = Tuning()
 CUTS = [
     BASE,
     replace(BASE, overlaps=False),
-    *(replace(BASE, threads=threads) for threads in (64, 128, 512)),
     *(replace(BASE, ahead=ahead) for ahead in (4, 16)),
-    *(replace(BASE, max_blocks=blocks) for blocks in (2, 4, 16, 64)),
-    *(replace(BASE, max_splits=splits) for splits in (4, 8, 32)),
-    replace(BASE, threads=128, ahead=16),
-    replace(BASE, threads=128, max_blocks=16),
-    replace(BASE, threads=128, max_blocks=4),
-    replace(BASE, threads=64, ahead=16, max_blocks=32),
+    *(replace(BASE, max_blocks=blocks) for blocks in (2, 4, 16)),
+    replace(BASE, threads=512),
+    *(replace(BASE, min_keys=count) for count in (32, 128, 256)),
+    replace(BASE, threads=512, min_keys=128),
+    replace(BASE, ahead=4, max_blocks=4),
 ]
 NUM_KEYS, NUM_TIMED = 256, 50
 
@@ -160,7 +158,7 @@ def _timed(bench: Bench, graph: Graph, cut: Tuning, clock: Clock, right: dict[st
 
 @click.command()
 @click.option("--preset", default="llama-3.2-1b", show_default=True)
-@click.option("--rows", multiple=True, type=click.IntRange(1, 8), default=(1, 8), show_default=True)
+@click.option("--rows", multiple=True, type=click.IntRange(1, 8), default=(1, 2, 4, 8), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(preset: str, rows: tuple[int, ...], json_file: Path | None) -> None:
     """Time every cut; one JSON document last."""
@@ -177,7 +175,7 @@ def main(preset: str, rows: tuple[int, ...], json_file: Path | None) -> None:
             json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     for count in rows:
-        keep(measured(config, count, CUTS if count == 1 else CUTS[:6], keep))
+        keep(measured(config, count, CUTS, keep))
     leave(document, json_file)
 
 

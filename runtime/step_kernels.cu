@@ -40,6 +40,18 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// sums [16, 8] += a [16, 16] T * b [16, 8] T by the matrix unit: lane 4 g + q holds of a rows g, g + 8 and of b column g, their
+// values 2 q, 2 q + 1, 2 q + 8, 2 q + 9; of the sums rows g, g + 8 and columns 2 q, 2 q + 1.
+__device__ __forceinline__ void multiply(float (&sums)[4], Bits a0, Bits a1, Bits a2, Bits a3, Bits b0, Bits b1) {
+#if IS_BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ float half_to_float(Stored bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -57,6 +69,8 @@ constexpr int WARPS = THREADS / 32;
 constexpr int VECTOR = 8;               // T values of one 16-byte load
 constexpr int CHUNK = 32 * VECTOR;      // what a warp loads of one row at a time
 constexpr int WARPS_A_ROW = WARPS / ROWS;
+constexpr int PITCH = WIDTH + VECTOR;   // of a normed row in shared memory: equal places of two rows lie in different banks
+constexpr int TILE = 16, BLOCK = 32;    // weight rows of a tile, and values of each that four lanes load at a time
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int LANES = HEAD_SIZE / VECTOR;  // lanes that share one key
 constexpr int KEYS = 32 / LANES;           // keys of a warp at a time
@@ -114,7 +128,7 @@ __device__ __forceinline__ void keep_norm(const Stored* weight, Stored (&kept)[W
 }
 
 // x [b, m] float32 -> normed [b, m] T in shared memory: x / rms(x) * weight, each row by warps of its own.
-__device__ __forceinline__ void normalize(const float* x, const Stored (&weight)[WIDTH], Stored (*normed)[WIDTH], float* sums) {
+__device__ __forceinline__ void normalize(const float* x, const Stored (&weight)[WIDTH], Stored (*normed)[PITCH], float* sums) {
     constexpr int FOUR = 4, STEP = 32 * WARPS_A_ROW * FOUR, COUNT = (WIDTH + STEP - 1) / STEP;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / WARPS_A_ROW;
     const int begin = ((warp % WARPS_A_ROW) * 32 + lane) * FOUR;
@@ -157,7 +171,7 @@ __device__ __forceinline__ uint4 vector_at(const Stored* values) { return *reint
 struct Normed {
     const float* x;
     const Stored* norm;
-    Stored (*normed)[WIDTH];
+    Stored (*normed)[PITCH];
     Stored (&kept)[WIDTH];
     float* sums;
     __device__ __forceinline__ void prefetch() { keep_norm(norm, kept); }
@@ -176,9 +190,11 @@ struct Plain {  // [b, K] T
     __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(values + b * K + k); }
 };
 
-// Dot products of R weight rows of K values with every row's activations, a warp a unit. Of a unit, `task` says which weight
-// rows it takes, what else can be asked for beforehand (`prefetch`: weights; `fetch`: what a step computes), and what is done
-// with the sums of row b, by lane b.
+// Dot products of R weight rows of K values with every row's activations. Of such a unit, `task` says which weight rows it
+// takes, what else can be asked for beforehand (`prefetch`: weights; `fetch`: what a step computes), and what is done with the
+// sums of row b.
+#if ROWS == 1
+// A warp a unit: every lane multiplies its own part of K.
 template <int K, int R, typename Activations, typename Task>
 __device__ __forceinline__ void product(int units, Activations activations, Task task) {
     constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK;
@@ -196,20 +212,20 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
         for (int r = 0; r < R; ++r) rows[r] = task.weights(unit, r);
 #pragma unroll
         for (int chunk = 0; chunk < AHEAD; ++chunk) load(chunk, held[chunk]);
-        if (lane < ROWS) task.prefetch(unit, lane);
+        if (lane == 0) task.prefetch(unit, 0);
     };
     if (first < units) begin(first);  // weights are nobody's result: they may be on their way while the kernel ahead ends
     activations.prefetch();
     let_next_start();
     wait_for_previous();
-    if (first < units && lane < ROWS) task.fetch(first, lane);
+    if (first < units && lane == 0) task.fetch(first, 0);
     activations.prepare();
     for (int unit = first; unit < units; unit += step) {
         if (unit != first) {
             begin(unit);
-            if (lane < ROWS) task.fetch(unit, lane);
+            if (lane == 0) task.fetch(unit, 0);
         }
-        float sums[R][ROWS] = {};
+        float sums[R] = {};
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             float weights[R][VECTOR];
@@ -218,31 +234,91 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
             if (chunk + AHEAD < CHUNKS) load(chunk + AHEAD, held[chunk % AHEAD]);
             const int k = chunk * CHUNK + lane * VECTOR;
             if (K % CHUNK == 0 || k < K) {
+                float values[VECTOR];
+                unpack(activations.at(0, k), values);
 #pragma unroll
-                for (int b = 0; b < ROWS; ++b) {
-                    float values[VECTOR];
-                    unpack(activations.at(b, k), values);
+                for (int r = 0; r < R; ++r)
 #pragma unroll
-                    for (int r = 0; r < R; ++r)
-#pragma unroll
-                        for (int i = 0; i < VECTOR; ++i) sums[r][b] = fmaf(weights[r][i], values[i], sums[r][b]);
-                }
+                    for (int i = 0; i < VECTOR; ++i) sums[r] = fmaf(weights[r][i], values[i], sums[r]);
             }
         }
 #pragma unroll
-        for (int b = 0; b < ROWS; ++b) {
-            float own[R];
-#pragma unroll
-            for (int r = 0; r < R; ++r) own[r] = warp_sum(sums[r][b]);
-            if (lane == b) task.finish(unit, b, own);
-        }
+        for (int r = 0; r < R; ++r) sums[r] = warp_sum(sums[r]);
+        if (lane == 0) task.finish(unit, 0, sums);
     }
 }
+#else
+// A block a tile of 16 weight rows, for up to 8 rows by the matrix units; its warps take parts of K, which are summed last. Which
+// value of K stands where in a fragment is all the same as long as weights and activations agree: each lane takes eight that
+// lie side by side, for two multiplications.
+template <int K, int R, typename Activations, typename Task>
+__device__ __forceinline__ void product(int units, Activations activations, Task task) {
+    constexpr int OWN = (K + BLOCK * WARPS - 1) / (BLOCK * WARPS), AHEAD = OWN < MAX_AHEAD ? OWN : MAX_AHEAD, UNITS = TILE / R;
+    __shared__ float parts[WARPS][TILE][8];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const int tiles = (units + UNITS - 1) / UNITS, first = blockIdx.x, step = gridDim.x;
+    const int own = threadIdx.x / ROWS, b = threadIdx.x % ROWS;  // the unit of a tile and the row that this thread finishes
+    const Stored* rows[2];
+    uint4 held[AHEAD][2];
+    const auto load = [&](int n, uint4 (&into)[2]) {
+        const int k = (n * WARPS + warp) * BLOCK + q * VECTOR;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) into[h] = k < K ? load_once(rows[h] + k) : make_uint4(0, 0, 0, 0);
+    };
+    const auto finishes = [&](int tile) { return own < UNITS && tile * UNITS + own < units; };
+    const auto begin = [&](int tile) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int unit = tile * UNITS + (R == 2 ? g : g + 8 * h);
+            rows[h] = task.weights(unit < units ? unit : units - 1, R == 2 ? h : 0);
+        }
+#pragma unroll
+        for (int n = 0; n < AHEAD; ++n) load(n, held[n]);
+        if (finishes(tile)) task.prefetch(tile * UNITS + own, b);
+    };
+    if (first < tiles) begin(first);
+    activations.prefetch();
+    let_next_start();
+    wait_for_previous();
+    if (first < tiles && finishes(first)) task.fetch(first * UNITS + own, b);
+    activations.prepare();
+    for (int tile = first; tile < tiles; tile += step) {
+        if (tile != first) {
+            begin(tile);
+            if (finishes(tile)) task.fetch(tile * UNITS + own, b);
+        }
+        float sums[4] = {};
+#pragma unroll
+        for (int n = 0; n < OWN; ++n) {
+            const uint4 low = held[n % AHEAD][0], high = held[n % AHEAD][1];
+            if (n + AHEAD < OWN) load(n + AHEAD, held[n % AHEAD]);
+            const int k = (n * WARPS + warp) * BLOCK + q * VECTOR;
+            const uint4 values = g < ROWS && k < K ? activations.at(g, k) : make_uint4(0, 0, 0, 0);
+            multiply(sums, low.x, high.x, low.y, high.y, values.x, values.y);
+            multiply(sums, low.z, high.z, low.w, high.w, values.z, values.w);
+        }
+        parts[warp][g][2 * q] = sums[0];
+        parts[warp][g][2 * q + 1] = sums[1];
+        parts[warp][g + 8][2 * q] = sums[2];
+        parts[warp][g + 8][2 * q + 1] = sums[3];
+        __syncthreads();
+        if (finishes(tile)) {
+            float totals[R] = {};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w)
+#pragma unroll
+                for (int r = 0; r < R; ++r) totals[r] += parts[w][own + 8 * r][b];
+            task.finish(tile * UNITS + own, b, totals);
+        }
+        __syncthreads();
+    }
+}
+#endif
 
 // A product behind a norm of the residual stream x.
 template <int R, typename Task>
 __device__ __forceinline__ void product_of_norm(const float* x, const Stored* norm, int units, Task task) {
-    __shared__ __align__(16) Stored normed[ROWS][WIDTH];
+    __shared__ __align__(16) Stored normed[ROWS][PITCH];
     __shared__ __align__(16) Stored kept[WIDTH];
     __shared__ float sums[WARPS];
     product<WIDTH, R>(units, Normed{x, norm, normed, kept, sums}, task);

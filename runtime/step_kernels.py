@@ -26,7 +26,8 @@ SOURCE = Path(__file__).with_name("step_kernels.cu")
 MAX_ROWS = 8  # beyond, products are arithmetic rather than reading, and matrix units are faster
 _VECTOR = 8  # values of a 16-byte load
 _DTYPES = ("bfloat16", "float16")
-_MAX_SHARED_BYTES = 40_000  # of a block without asking for more: 48 KiB, less what sums take
+_MAX_SHARED_BYTES = 48 * 1024  # of a block that asks for no more
+_TILE = 16  # weight rows that the matrix units multiply at a time
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,16 @@ def why_not(config: ModelConfig, dtype: str, weights: Sequence[str]) -> str:
     if odd:
         return f"they are for widths that are multiples of {_VECTOR}: {', '.join(odd)}"
     group = config.num_heads // config.num_kv_heads
-    merged = 4 * (Tuning().threads // 32) * group * (config.head_size + 2)
-    if 2 * config.model_width > _MAX_SHARED_BYTES or merged > _MAX_SHARED_BYTES:
+    merged = 4 * (Tuning().threads // 32) * group * (config.head_size + 2) + 16
+    if max_rows(config) < 1 or merged > _MAX_SHARED_BYTES:
         return "its rows do not fit into the memory that a block shares"
     return ""
 
 
 def max_rows(config: ModelConfig) -> int:
-    """The most rows of a step: each is held normed in the memory that a block shares."""
-    return min(MAX_ROWS, _MAX_SHARED_BYTES // (2 * config.model_width))
+    """The most rows of a step: each is held normed in the memory that a block shares, beside the norm and the warps' sums."""
+    sums = 4 * (Tuning().threads // 32) * (8 * _TILE + 1)
+    return min(MAX_ROWS, (_MAX_SHARED_BYTES - sums - 2 * config.model_width) // (2 * (config.model_width + _VECTOR)))
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,10 @@ class StepShape:
             "counters": 4 * rows * config.num_kv_heads,
         }
 
-    def blocks(self, units: int) -> tuple[int, int, int]:
-        """A warp a unit, as far as the device has places."""
-        warps = self.tuning.threads // 32
-        return min(-(-units // warps), self.tuning.max_blocks * self.num_multiprocessors), 1, 1
+    def blocks(self, units: int, of_rows: int = 1) -> tuple[int, int, int]:
+        """Blocks for ``units`` of ``of_rows`` weight rows each: of one row a warp a unit, of several a block a tile."""
+        wanted = -(-units // (self.tuning.threads // 32)) if self.rows == 1 else -(-units * of_rows // _TILE)
+        return min(wanted, self.tuning.max_blocks * self.num_multiprocessors), 1, 1
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def launches(shape: StepShape, predicts: int, at: Addresses) -> list[Launch]:
         project = (work["x"], norm, wq, wk, wv, at.cosines, at.sines, at.positions, work["queries"], keys, values)
         attend = (work["queries"], keys, values, at.positions, work["partial"], work["counters"], work["attended"])
         found += [
-            Launch("project_heads", shape.blocks(pairs), project),
+            Launch("project_heads", shape.blocks(pairs, 2), project),
             Launch("attend", (shape.splits, config.num_kv_heads, shape.rows), attend),
             Launch("project_out", shape.blocks(config.model_width), (work["attended"], wo, work["x"])),
             *_expert(shape, weight, work, f"{prefix}.feed_forward.{name}", weight(f"{prefix}.ffn_norm.weight")),
@@ -256,7 +258,7 @@ def _expert(shape: StepShape, weight: Callable[[str], int], work: dict[str, int]
     if not isinstance(expert, AdapterExpert):
         into = (x, norm, matrix("w1"), matrix("w3"), bias("w1"), bias("w3"), hidden)
         return [
-            Launch("swiglu_in", shape.blocks(expert.hidden_size), into),
+            Launch("swiglu_in", shape.blocks(expert.hidden_size, 2), into),
             Launch("swiglu_out", shape.blocks(width), (hidden, matrix("w2"), bias("w2"), x)),
         ]
     return [

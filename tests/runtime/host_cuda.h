@@ -43,6 +43,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static std::vector<Barrier> warps;
 static std::vector<float> exchanged;
+static std::vector<unsigned> fragments;  // six of each thread
 static Barrier block;
 static Three block_index, grid;
 static Fiber* current;
@@ -77,6 +78,7 @@ static int run_block(int threads) {
     block = {threads, 0, 0};
     warps.assign(threads / 32, Barrier{32, 0, 0});
     exchanged.assign(threads, NAN);
+    fragments.assign(6 * threads, 0);
     fibers.resize(threads);
     for (int t = 0; t < threads; ++t) {
         Fiber& one = fibers[t];
@@ -184,3 +186,26 @@ static inline uint4 load_once(const Stored* from) {
 
 static inline void let_next_start() {}
 static inline void wait_for_previous() { host::current->has_waited = true; }
+
+#if IS_BF16
+static inline float matrix_value(unsigned bits) { return __uint_as_float(bits << 16); }
+#else
+static inline float matrix_value(unsigned bits) { return half_to_float(Stored(bits)); }
+#endif
+
+// As the matrix units hold them (PTX, mma.m16n8k16): of a warp's registers, which lane has which value.
+static inline void multiply(float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const int thread = threadIdx.x, lane = thread % 32;
+    const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+    for (int i = 0; i < 6; ++i) host::fragments[6 * thread + i] = own[i];
+    host::meet(host::warps[thread / 32]);
+    const auto value = [&](int holder, int which, int k) {
+        return matrix_value((host::fragments[6 * (thread - lane + holder) + which] >> (16 * (k % 2))) & 0xffffu);
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        for (int k = 0; k < 16; ++k)
+            sums[i] += value(4 * (row % 8) + k % 8 / 2, row / 8 + 2 * (k / 8), k) * value(4 * column + k % 8 / 2, 4 + k / 8, k);
+    }
+    host::meet(host::warps[thread / 32]);
+}
