@@ -28,6 +28,9 @@ __device__ __forceinline__ uint4 load_once(const Stored* from) {
     return got;
 }
 
+// Ask for a line of memory, to lie in the second cache when it is read.
+__device__ __forceinline__ void prefetch_line(const char* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -119,76 +122,102 @@ __device__ __forceinline__ float warp_sum(float value) {  // every lane gets it
 
 // ---- Products.
 
-// A weight that every thread of a block needs, [m] T in shared memory; nobody's result, so it may be asked for at once.
-__device__ __forceinline__ void keep_norm(const Stored* weight, Stored (&kept)[WIDTH]) {
-    for (int i = threadIdx.x * VECTOR; i < WIDTH; i += THREADS * VECTOR) {
-        const uint4 own = load_once(weight + i);
-        *reinterpret_cast<uint4*>(&kept[i]) = own;
-    }
-}
-
-// x [b, m] float32 -> normed [b, m] T in shared memory: x / rms(x) * weight, each row by warps of its own.
-__device__ __forceinline__ void normalize(const float* x, const Stored (&weight)[WIDTH], Stored (*normed)[PITCH], float* sums) {
-    constexpr int FOUR = 4, STEP = 32 * WARPS_A_ROW * FOUR, COUNT = (WIDTH + STEP - 1) / STEP;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / WARPS_A_ROW;
-    const int begin = ((warp % WARPS_A_ROW) * 32 + lane) * FOUR;
-    const float4* from = reinterpret_cast<const float4*>(x + row * WIDTH);
-    float4 own[COUNT];
-    float sum = 0;
-    if (row < ROWS) {
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n)
-            own[n] = begin + n * STEP < WIDTH ? from[(begin + n * STEP) / FOUR] : make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n)
-            sum += own[n].x * own[n].x + own[n].y * own[n].y + own[n].z * own[n].z + own[n].w * own[n].w;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) sums[warp] = sum;
-    __syncthreads();
-    if (row < ROWS) {
-        float total = 0;
-#pragma unroll
-        for (int i = 0; i < WARPS_A_ROW; ++i) total += sums[row * WARPS_A_ROW + i];
-        const float scale = rsqrtf(total / WIDTH + NORM_EPS);
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) {
-            const int i = begin + n * STEP;
-            if (i < WIDTH) {
-                normed[row][i] = to_stored(own[n].x * scale * to_float(weight[i]));
-                normed[row][i + 1] = to_stored(own[n].y * scale * to_float(weight[i + 1]));
-                normed[row][i + 2] = to_stored(own[n].z * scale * to_float(weight[i + 2]));
-                normed[row][i + 3] = to_stored(own[n].w * scale * to_float(weight[i + 3]));
-            }
-        }
-    }
-    __syncthreads();
-}
-
 __device__ __forceinline__ uint4 vector_at(const Stored* values) { return *reinterpret_cast<const uint4*>(values); }
 
-// Where the activations of a product come from: `prefetch` before the kernel ahead has ended, `prepare` after, by every thread.
-struct Normed {
-    const float* x;
-    const Stored* norm;
-    Stored (*normed)[PITCH];
-    Stored (&kept)[WIDTH];
-    float* sums;
-    __device__ __forceinline__ void prefetch() { keep_norm(norm, kept); }
-    __device__ __forceinline__ void prepare() {
-        __syncthreads();
-        normalize(x, kept, normed, sums);
-    }
-    __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(&normed[b][k]); }
-};
-
+// Where the activations of a product come from. `prefetch`, before the kernel ahead has ended, and `prepare`, after, are for every
+// thread of a block. Of one row `read` gives eight values to a lane, and `scale` is what sums are multiplied by, known when the
+// warp has read all; of several rows `at` gives eight values rounded to T.
 template <int K>
 struct Plain {  // [b, K] T
     const Stored* values;
     __device__ __forceinline__ void prefetch() {}
     __device__ __forceinline__ void prepare() {}
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void read(int k, float (&into)[VECTOR]) { unpack(vector_at(values + k), into); }
+    __device__ __forceinline__ float scale() { return 1.0f; }
     __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(values + b * K + k); }
 };
+
+// A weight that every thread of a block needs, [m] T in shared memory; nobody's result, so it may be asked for at once.
+__device__ __forceinline__ void keep_norm(const Stored* weight, Stored (&kept)[WIDTH]) {
+    for (int i = threadIdx.x * VECTOR; i < WIDTH; i += THREADS * VECTOR)
+        *reinterpret_cast<uint4*>(&kept[i]) = load_once(weight + i);
+}
+
+#if ROWS == 1
+// x / rms(x) * weight of the residual stream [1, m] float32. 1 / rms(x) is one number for all values: the sums are multiplied by
+// it, and its own sum is gathered beside theirs.
+struct Normed {
+    const float* x;
+    const Stored* norm;
+    Stored (&kept)[WIDTH];
+    float squares = 0;
+    __device__ __forceinline__ void prefetch() {
+        keep_norm(norm, kept);
+        __syncthreads();
+    }
+    __device__ __forceinline__ void prepare() {}
+    __device__ __forceinline__ void begin() { squares = 0; }
+    __device__ __forceinline__ void read(int k, float (&into)[VECTOR]) {
+        const float4 low = *reinterpret_cast<const float4*>(x + k), high = *reinterpret_cast<const float4*>(x + k + 4);
+        const float values[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        unpack(vector_at(&kept[k]), into);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            squares = fmaf(values[i], values[i], squares);
+            into[i] *= values[i];
+        }
+    }
+    __device__ __forceinline__ float scale() { return rsqrtf(warp_sum(squares) / WIDTH + NORM_EPS); }
+};
+#else
+// The same of several rows, normed once for the whole block: [b, m] T in shared memory, each row by warps of its own.
+struct Normed {
+    const float* x;
+    const Stored* norm;
+    Stored (&kept)[WIDTH];
+    Stored (*normed)[PITCH];
+    float* sums;
+    __device__ __forceinline__ void prefetch() { keep_norm(norm, kept); }
+    __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(&normed[b][k]); }
+    __device__ __forceinline__ void prepare() {
+        constexpr int FOUR = 4, STEP = 32 * WARPS_A_ROW * FOUR, COUNT = (WIDTH + STEP - 1) / STEP;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / WARPS_A_ROW;
+        const int begin = ((warp % WARPS_A_ROW) * 32 + lane) * FOUR;
+        float4 own[COUNT];
+        float sum = 0;
+        if (row < ROWS) {
+            const float4* from = reinterpret_cast<const float4*>(x + row * WIDTH);
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n)
+                own[n] = begin + n * STEP < WIDTH ? from[(begin + n * STEP) / FOUR] : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n)
+                sum += own[n].x * own[n].x + own[n].y * own[n].y + own[n].z * own[n].z + own[n].w * own[n].w;
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) sums[warp] = sum;
+        __syncthreads();
+        if (row < ROWS) {
+            float total = 0;
+#pragma unroll
+            for (int i = 0; i < WARPS_A_ROW; ++i) total += sums[row * WARPS_A_ROW + i];
+            const float scale = rsqrtf(total / WIDTH + NORM_EPS);
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n) {
+                const int i = begin + n * STEP;
+                if (i < WIDTH) {
+                    normed[row][i] = to_stored(own[n].x * scale * to_float(kept[i]));
+                    normed[row][i + 1] = to_stored(own[n].y * scale * to_float(kept[i + 1]));
+                    normed[row][i + 2] = to_stored(own[n].z * scale * to_float(kept[i + 2]));
+                    normed[row][i + 3] = to_stored(own[n].w * scale * to_float(kept[i + 3]));
+                }
+            }
+        }
+        __syncthreads();
+    }
+};
+#endif
 
 // Dot products of R weight rows of K values with every row's activations. Of such a unit, `task` says which weight rows it
 // takes, what else can be asked for beforehand (`prefetch`: weights; `fetch`: what a step computes), and what is done with the
@@ -226,6 +255,7 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
             if (lane == 0) task.fetch(unit, 0);
         }
         float sums[R] = {};
+        activations.begin();
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             float weights[R][VECTOR];
@@ -235,7 +265,7 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
             const int k = chunk * CHUNK + lane * VECTOR;
             if (K % CHUNK == 0 || k < K) {
                 float values[VECTOR];
-                unpack(activations.at(0, k), values);
+                activations.read(k, values);
 #pragma unroll
                 for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -244,6 +274,9 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
         }
 #pragma unroll
         for (int r = 0; r < R; ++r) sums[r] = warp_sum(sums[r]);
+        const float scale = activations.scale();
+#pragma unroll
+        for (int r = 0; r < R; ++r) sums[r] *= scale;
         if (lane == 0) task.finish(unit, 0, sums);
     }
 }
@@ -318,10 +351,14 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
 // A product behind a norm of the residual stream x.
 template <int R, typename Task>
 __device__ __forceinline__ void product_of_norm(const float* x, const Stored* norm, int units, Task task) {
-    __shared__ __align__(16) Stored normed[ROWS][PITCH];
     __shared__ __align__(16) Stored kept[WIDTH];
+#if ROWS == 1
+    product<WIDTH, R>(units, Normed{x, norm, kept}, task);
+#else
+    __shared__ __align__(16) Stored normed[ROWS][PITCH];
     __shared__ float sums[WARPS];
-    product<WIDTH, R>(units, Normed{x, norm, normed, kept, sums}, task);
+    product<WIDTH, R>(units, Normed{x, norm, kept, normed, sums}, task);
+#endif
 }
 
 __device__ __forceinline__ float bias_at(const Stored* bias, int n) { return bias == nullptr ? 0.0f : to_float(bias[n]); }
@@ -421,11 +458,31 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         x, norm, (HEADS + 2 * KV_HEADS) * HeadPair::HALF, HeadPair{wq, wk, wv, cosines, sines, positions, queries, keys, values});
 }
 
+// Weights that later kernels read: ranges of memory.
+constexpr int NUM_COMING = 8;
+
+struct Coming {
+    const char* start[NUM_COMING];
+    long long bytes[NUM_COMING];
+};
+
+__device__ __forceinline__ void prefetch_weights(const Coming& coming, int block, int num_blocks) {
+    constexpr int LINE = 128;
+    const long long first = (long long)(block * THREADS + threadIdx.x) * LINE, step = (long long)num_blocks * THREADS * LINE;
+    for (int i = 0; i < NUM_COMING; ++i)
+        for (long long at = first; at < coming.bytes[i]; at += step) prefetch_line(coming.start[i] + at);
+}
+
 // Softmax over the first positions[b] + 1 keys, a block for each (part of the keys, key/value head, row): attended [b, heads, d]
 // T. Where the keys of a row are shared among several blocks, the last of them puts the parts together.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const float* queries, const Stored* keys, const Stored* values, const long long* positions, float* partial,
-           int* counters, Stored* attended) {
+           int* counters, Stored* attended, Coming coming) {
+    if (blockIdx.x >= SPLITS) {  // while few blocks attend and memory rests, the others ask for weights that come next
+        const int others = gridDim.y * gridDim.z, own = (blockIdx.x - SPLITS) * others + blockIdx.y * gridDim.z + blockIdx.z;
+        prefetch_weights(coming, own, (gridDim.x - SPLITS) * others);
+        return;
+    }
     __shared__ float merged[WARPS][GROUP][PARTIAL];
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % LANES, slot = warp * KEYS + lane / LANES;
@@ -534,13 +591,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __threadfence();
     for (int i = threadIdx.x; i < GROUP * HEAD_SIZE; i += THREADS) {
         const int g = i / HEAD_SIZE, d = i % HEAD_SIZE;
-        float high = -INFINITY, total = 0, own = 0;
-        for (int s = 0; s < num_splits; ++s) high = fmaxf(high, __ldcg(parts + (s * GROUP + g) * PARTIAL + HEAD_SIZE));
-        for (int s = 0; s < num_splits; ++s) {
+        float highs[SPLITS], totals[SPLITS], sums[SPLITS], high = -INFINITY, total = 0, own = 0;
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) {  // all of them on their way before the first is needed
             const float* from = parts + (s * GROUP + g) * PARTIAL;
-            const float kept = expf(__ldcg(from + HEAD_SIZE) - high);
-            total += __ldcg(from + HEAD_SIZE + 1) * kept;
-            own += __ldcg(from + d) * kept;
+            highs[s] = s < num_splits ? __ldcg(from + HEAD_SIZE) : -INFINITY;
+            totals[s] = s < num_splits ? __ldcg(from + HEAD_SIZE + 1) : 0;
+            sums[s] = s < num_splits ? __ldcg(from + d) : 0;
+        }
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) high = fmaxf(high, highs[s]);
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) {
+            const float kept = expf(highs[s] - high);
+            total += totals[s] * kept;
+            own += sums[s] * kept;
         }
         attended[(b * HEADS + head * GROUP + g) * HEAD_SIZE + d] = to_stored(own / total);
     }

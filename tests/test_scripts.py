@@ -32,7 +32,7 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
     parts = {part["name"]: part for part in json.loads((tmp_path / "found.json").read_text())}
     assert parts["environment"]["figures"]["packages"]["torch"] != "not installed"
     assert [one["backend"] for one in parts["backends"]["figures"]["backends"]][-2:] == ["onnxruntime", "torch"]
-    for name in ("smoke", "race", "proof", "probes"):
+    for name in ("smoke", "race", "tests", "proof", "probes"):
         assert parts[name]["outcome"] == "skipped" and parts[name]["detail"]
     assert "skipped" in done.stdout and "found.json: the whole of it" in done.stdout
 

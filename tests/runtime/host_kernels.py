@@ -54,7 +54,8 @@ class HostModule:
             self._now(launch, threads)
 
     def _now(self, launch: Launch, threads: int) -> None:
-        values = (ctypes.c_uint64 * len(launch.arguments))(*(int(one) for one in launch.arguments))
+        words = [int(word) for one in launch.arguments for word in (one if isinstance(one, tuple) else (one,))]
+        values = (ctypes.c_uint64 * len(words))(*words)
         kernel = ctypes.cast(getattr(self._library, launch.kernel), ctypes.c_void_p)
         status = self._library.host_launch(kernel, values, len(values), *launch.grid, threads)
         assert status == 0, f"{launch.kernel}: {('', 'it hangs', 'it does not wait for the kernel ahead')[status]}"
