@@ -15,7 +15,7 @@ from motrt.errors import MotrtError
 from motrt.export.parity.findings import Outcome, Report
 from motrt.export.parity.gate import Extras, climb_session
 from motrt.export.steps import Steps
-from motrt.export.verification import VerifyOptions, verify_bundle
+from motrt.export.verification import VerifyOptions, subject_of, verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.onnx_session import OnnxSession
@@ -106,8 +106,8 @@ def _climb_with(kind: type[OnnxSession], bundle: Path) -> Report:
         checkpoint,
         Steps(),
         {},
-        extras=Extras(is_dissected=True),
-        model_file=opened.model_path,
+        Extras(is_dissected=True),
+        subject_of(opened),
     )
 
 

@@ -33,13 +33,12 @@ BASE = Tuning()
 CUTS = [
     BASE,
     replace(BASE, overlaps=False),
-    *(replace(BASE, prefetched=mebibytes << 20) for mebibytes in (0, 8, 16, 32, 40, 48)),
     *(replace(BASE, ahead=ahead) for ahead in (4, 8)),
-    *(replace(BASE, max_blocks=blocks) for blocks in (2, 4, 16)),
-    *(replace(BASE, min_keys=count) for count in (32, 128)),
+    *(replace(BASE, max_blocks=blocks, max_tiles=tiles) for blocks, tiles in ((2, 1), (4, 4), (16, 8))),
+    *(replace(BASE, min_keys=count) for count in (64, 128)),
+    *(replace(BASE, max_splits=count) for count in (8, 32)),
     replace(BASE, threads=512),
-    replace(BASE, ahead=8, prefetched=0),
-    replace(BASE, ahead=4, max_blocks=2),
+    replace(BASE, ahead=8, min_keys=64),
 ]
 NUM_KEYS, NUM_TIMED = 256, 50
 

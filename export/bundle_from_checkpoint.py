@@ -25,7 +25,7 @@ from motrt.export.quantized_graph import CodeSource
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Advance, Steps
 from motrt.export.stored_weights import weight_places
-from motrt.export.verification import quantized_weights_of, refuse_unverifiable
+from motrt.export.verification import refuse_unverifiable, subject_of
 from motrt.model_def.atomic_folder import new_folder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
@@ -50,7 +50,7 @@ from motrt.runtime.bundle import (
 from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import KnownAnswer
-from motrt.runtime.load import open_session, read_tokenizer
+from motrt.runtime.load import open_session, other_ways, read_tokenizer
 from motrt.runtime.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -358,10 +358,10 @@ def _can_prove_on_gpu(target: Target, options: EngineOptions | None) -> bool:
 
 def _prove_on_gpu(bundle: Bundle, work: _Work) -> Report:
     """The very files that will be deployed, by the backend that they are for, before the manifest makes them a bundle."""
-    hashes = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-    backend = bundle.manifest.target
-    opened, weights = partial(open_session, bundle, backend), quantized_weights_of(bundle)
-    return _passed(climb_session(opened, work.config, work.checkpoint, work.steps, hashes, weights))
+    backend, subject = bundle.manifest.target, subject_of(bundle)
+    opened, ways = partial(open_session, bundle, backend), other_ways(bundle, backend)
+    climbed = climb_session(opened, work.config, work.checkpoint, work.steps, subject.files, subject=subject, other_ways=ways)
+    return _passed(climbed)
 
 
 def _of_engine(report: Report, engine: EngineRecord) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from motrt.export.report_page import check_writable, write_report
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.runtime.bundle import Bundle, open_bundle
-from motrt.runtime.load import open_session, read_tokenizer, source_of
+from motrt.runtime.load import open_session, other_ways, read_tokenizer, source_of
 from motrt.runtime.versions import installed_versions, version_differences
 
 
@@ -49,8 +49,7 @@ def verify_bundle(
 ) -> Report:
     """Climb the parity ladder with a finished bundle, every byte of it read first.
 
-    Backends on a GPU are compared with PyTorch on the same GPU; P1 and the laws that replace weights are asked of the graphs
-    alone, on the CPU.
+    Backends on a GPU are compared with PyTorch on the same GPU; the laws that replace weights are asked on the CPU alone.
 
     Args:
         path: the bundle.
@@ -102,16 +101,19 @@ def _extras(bundle: Bundle, options: VerifyOptions) -> Extras:
 
 
 def _climbed(bundle: Bundle, checkpoint: Checkpoint, steps: Steps, num_threads: int, backend: str, extras: Extras) -> Report:
+    subject = subject_of(bundle)
+    if backend == "onnxruntime":
+        return climb(subject, checkpoint, steps, num_threads, extras)
+    opened = partial(open_session, bundle, backend, num_threads)
+    ways = other_ways(bundle, backend)
+    return climb_session(opened, bundle.config, checkpoint, steps, subject.files, extras, subject, ways)
+
+
+def subject_of(bundle: Bundle) -> Subject:
+    """The graphs of a bundle, for the ladder."""
     manifest = bundle.manifest
     files = {name: record.sha256 for name, record in manifest.files.items()}
-    if backend == "onnxruntime":
-        subject = Subject(bundle.model_path, bundle.config, manifest.precision, files, manifest.graphs, manifest.quantization)
-        return climb(subject, checkpoint, steps, num_threads, extras)
-    weights, on_cpu = quantized_weights_of(bundle), manifest.precision != "bf16"
-    opened = partial(open_session, bundle, backend, num_threads)
-    return climb_session(
-        opened, bundle.config, checkpoint, steps, files, weights, extras, bundle.model_path if on_cpu else None
-    )
+    return Subject(bundle.model_path, bundle.config, manifest.precision, files, manifest.graphs, manifest.quantization)
 
 
 def _circumstances(bundle: Bundle) -> dict[str, Any]:

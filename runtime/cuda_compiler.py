@@ -16,7 +16,7 @@ import numpy as np
 
 from motrt.errors import BackendError
 from motrt.runtime.gpu import cuda_driver
-from motrt.runtime.step_kernels import Argument, Launch
+from motrt.runtime.step_kernels import Launch
 
 _SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 # Of wheels: CUDA 13's one folder, and CUDA 12's for each library.
@@ -112,12 +112,6 @@ class _Config(ctypes.Structure):
     )
 
 
-def _argument(value: Argument) -> Any:
-    if isinstance(value, tuple):
-        return (ctypes.c_uint64 * len(value))(*value)
-    return ctypes.c_int(int(value)) if isinstance(value, np.int32) else ctypes.c_uint64(value)
-
-
 class CudaModule:
     """Kernels that are loaded; unloaded when nobody holds them.
 
@@ -142,7 +136,7 @@ class CudaModule:
         Raises:
             BackendError: where the driver refuses.
         """
-        values = [_argument(one) for one in launch.arguments]
+        values = [ctypes.c_int(int(one)) if isinstance(one, np.int32) else ctypes.c_uint64(one) for one in launch.arguments]
         arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(threads, 1, 1)

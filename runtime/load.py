@@ -1,6 +1,8 @@
 """From a path to a session: which backend runs what lies there."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,13 +173,29 @@ def source_of(bundle: Bundle) -> Path:
     return source
 
 
-def cuda_session(bundle: Bundle) -> Session:
-    """The bundle's graphs in onnxruntime on the first GPU, without its tokenizer; raises as ``onnx_session``."""
+def other_ways(bundle: Bundle, backend: str) -> dict[str, Callable[[], Session]]:
+    """By name, how ``backend`` runs ``bundle`` where something that it usually takes is missing."""
+    if backend != "cuda" or bundle.manifest.quantization is not None:
+        return {}
+    return {"onnxruntime's kernels": partial(cuda_session, bundle, step_kernels=False)}
+
+
+def cuda_session(bundle: Bundle, step_kernels: bool = True) -> Session:
+    """The bundle's graphs in onnxruntime on the first GPU, without its tokenizer; raises as ``onnx_session``.
+
+    Args:
+        bundle: what to open.
+        step_kernels: whether steps take this package's own kernels, where they can.
+    """
     from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
     steps = [graph for graph in bundle.manifest.graphs if graph.takes_one_token]
     session = CudaOnnxSession(
-        bundle.model_path, bundle.config, graphs=(*steps, CANONICAL), weights=bundle.manifest.shared_weights
+        bundle.model_path,
+        bundle.config,
+        graphs=(*steps, CANONICAL),
+        weights=bundle.manifest.shared_weights,
+        step_kernels=step_kernels,
     )
     return _as_the_manifest_says(session, bundle)
 

@@ -171,9 +171,11 @@ class CudaOnnxSession(OnnxSession):
             self._give_up_kernels(failure)
         else:
             self._kernels = kernels
+            self.backend = "onnxruntime (CUDA), own step kernels"
 
     def _give_up_kernels(self, failure: BackendError) -> None:
         self._kernels, self.no_kernels = None, str(failure)
+        self.backend = "onnxruntime (CUDA)"
         logger.warning("steps take onnxruntime's kernels, not this package's own: %s", self.no_kernels)
 
     def _provider(self, graph: Graph) -> tuple[str, dict[str, str]]:

@@ -28,9 +28,6 @@ __device__ __forceinline__ uint4 load_once(const Stored* from) {
     return got;
 }
 
-// Ask for a line of memory, to lie in the second cache when it is read.
-__device__ __forceinline__ void prefetch_line(const char* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
-
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -124,17 +121,13 @@ __device__ __forceinline__ float warp_sum(float value) {  // every lane gets it
 
 __device__ __forceinline__ uint4 vector_at(const Stored* values) { return *reinterpret_cast<const uint4*>(values); }
 
-// Where the activations of a product come from. `prefetch`, before the kernel ahead has ended, and `prepare`, after, are for every
-// thread of a block. Of one row `read` gives eight values to a lane, and `scale` is what sums are multiplied by, known when the
-// warp has read all; of several rows `at` gives eight values rounded to T.
+// Where the activations of a product come from: `at` gives eight values. `prefetch`, before the kernel ahead has ended, and
+// `prepare`, after, are for every thread of a block.
 template <int K>
 struct Plain {  // [b, K] T
     const Stored* values;
     __device__ __forceinline__ void prefetch() {}
     __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ void read(int k, float (&into)[VECTOR]) { unpack(vector_at(values + k), into); }
-    __device__ __forceinline__ float scale() { return 1.0f; }
     __device__ __forceinline__ uint4 at(int b, int k) const { return vector_at(values + b * K + k); }
 };
 
@@ -144,34 +137,8 @@ __device__ __forceinline__ void keep_norm(const Stored* weight, Stored (&kept)[W
         *reinterpret_cast<uint4*>(&kept[i]) = load_once(weight + i);
 }
 
-#if ROWS == 1
-// x / rms(x) * weight of the residual stream [1, m] float32. 1 / rms(x) is one number for all values: the sums are multiplied by
-// it, and its own sum is gathered beside theirs.
-struct Normed {
-    const float* x;
-    const Stored* norm;
-    Stored (&kept)[WIDTH];
-    float squares = 0;
-    __device__ __forceinline__ void prefetch() {
-        keep_norm(norm, kept);
-        __syncthreads();
-    }
-    __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ void begin() { squares = 0; }
-    __device__ __forceinline__ void read(int k, float (&into)[VECTOR]) {
-        const float4 low = *reinterpret_cast<const float4*>(x + k), high = *reinterpret_cast<const float4*>(x + k + 4);
-        const float values[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        unpack(vector_at(&kept[k]), into);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-            squares = fmaf(values[i], values[i], squares);
-            into[i] *= values[i];
-        }
-    }
-    __device__ __forceinline__ float scale() { return rsqrtf(warp_sum(squares) / WIDTH + NORM_EPS); }
-};
-#else
-// The same of several rows, normed once for the whole block: [b, m] T in shared memory, each row by warps of its own.
+// x / rms(x) * weight of the residual stream [b, m] float32, normed once for the whole block: [b, m] T in shared memory, each row
+// by warps of its own.
 struct Normed {
     const float* x;
     const Stored* norm;
@@ -217,7 +184,6 @@ struct Normed {
         __syncthreads();
     }
 };
-#endif
 
 // Dot products of R weight rows of K values with every row's activations. Of such a unit, `task` says which weight rows it
 // takes, what else can be asked for beforehand (`prefetch`: weights; `fetch`: what a step computes), and what is done with the
@@ -255,7 +221,6 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
             if (lane == 0) task.fetch(unit, 0);
         }
         float sums[R] = {};
-        activations.begin();
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             float weights[R][VECTOR];
@@ -265,7 +230,7 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
             const int k = chunk * CHUNK + lane * VECTOR;
             if (K % CHUNK == 0 || k < K) {
                 float values[VECTOR];
-                activations.read(k, values);
+                unpack(activations.at(0, k), values);
 #pragma unroll
                 for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -274,9 +239,6 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
         }
 #pragma unroll
         for (int r = 0; r < R; ++r) sums[r] = warp_sum(sums[r]);
-        const float scale = activations.scale();
-#pragma unroll
-        for (int r = 0; r < R; ++r) sums[r] *= scale;
         if (lane == 0) task.finish(unit, 0, sums);
     }
 }
@@ -352,13 +314,9 @@ __device__ __forceinline__ void product(int units, Activations activations, Task
 template <int R, typename Task>
 __device__ __forceinline__ void product_of_norm(const float* x, const Stored* norm, int units, Task task) {
     __shared__ __align__(16) Stored kept[WIDTH];
-#if ROWS == 1
-    product<WIDTH, R>(units, Normed{x, norm, kept}, task);
-#else
     __shared__ __align__(16) Stored normed[ROWS][PITCH];
     __shared__ float sums[WARPS];
     product<WIDTH, R>(units, Normed{x, norm, kept, normed, sums}, task);
-#endif
 }
 
 __device__ __forceinline__ float bias_at(const Stored* bias, int n) { return bias == nullptr ? 0.0f : to_float(bias[n]); }
@@ -458,31 +416,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         x, norm, (HEADS + 2 * KV_HEADS) * HeadPair::HALF, HeadPair{wq, wk, wv, cosines, sines, positions, queries, keys, values});
 }
 
-// Weights that later kernels read: ranges of memory.
-constexpr int NUM_COMING = 8;
-
-struct Coming {
-    const char* start[NUM_COMING];
-    long long bytes[NUM_COMING];
-};
-
-__device__ __forceinline__ void prefetch_weights(const Coming& coming, int block, int num_blocks) {
-    constexpr int LINE = 128;
-    const long long first = (long long)(block * THREADS + threadIdx.x) * LINE, step = (long long)num_blocks * THREADS * LINE;
-    for (int i = 0; i < NUM_COMING; ++i)
-        for (long long at = first; at < coming.bytes[i]; at += step) prefetch_line(coming.start[i] + at);
-}
-
 // Softmax over the first positions[b] + 1 keys, a block for each (part of the keys, key/value head, row): attended [b, heads, d]
 // T. Where the keys of a row are shared among several blocks, the last of them puts the parts together.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const float* queries, const Stored* keys, const Stored* values, const long long* positions, float* partial,
-           int* counters, Stored* attended, Coming coming) {
-    if (blockIdx.x >= SPLITS) {  // while few blocks attend and memory rests, the others ask for weights that come next
-        const int others = gridDim.y * gridDim.z, own = (blockIdx.x - SPLITS) * others + blockIdx.y * gridDim.z + blockIdx.z;
-        prefetch_weights(coming, own, (gridDim.x - SPLITS) * others);
-        return;
-    }
+           int* counters, Stored* attended) {
     __shared__ float merged[WARPS][GROUP][PARTIAL];
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % LANES, slot = warp * KEYS + lane / LANES;

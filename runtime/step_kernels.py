@@ -27,35 +27,30 @@ MAX_ROWS = 8  # beyond, products are arithmetic rather than reading, and matrix 
 _VECTOR = 8  # values of a 16-byte load
 _DTYPES = ("bfloat16", "float16")
 _MAX_SHARED_BYTES = 48 * 1024  # of a block that asks for no more
-_NUM_COMING = 8  # ranges of weights that are asked for beforehand
 _TILE = 16  # weight rows that the matrix units multiply at a time
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the kernels are cut: any values give the same logits (``benchmarks/gpu_kernels.py`` measures them).
+    """How the kernels are cut, as ``benchmarks/gpu_kernels.py`` found best on an H200. Any values give the same logits.
 
     Attributes:
         threads: of a block.
         ahead: 16-byte loads of a thread in flight.
-        max_blocks: of a product, for each multiprocessor; a warp then goes on to further rows.
+        max_blocks: of a product of one row, for each multiprocessor; a warp then goes on to further weights.
+        max_tiles: the same of a product of several rows, a block a tile.
         max_splits: parts of the keys that attention takes beside each other.
         min_keys: of such a part.
-        prefetched: bytes of coming weights that are asked for while attention leaves the memory at rest, to lie in the cache.
         overlaps: whether a kernel may begin before the one ahead has ended.
     """
 
     threads: int = 256
     ahead: int = 16
     max_blocks: int = 8
+    max_tiles: int = 2
     max_splits: int = 16
-    min_keys: int = 64
-    prefetched: int = 24 << 20
+    min_keys: int = 32
     overlaps: bool = True
-
-
-# An address, a number, or a structure of 64-bit words.
-Argument = int | np.int32 | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,12 +60,12 @@ class Launch:
     Attributes:
         kernel: its name in the source.
         grid: blocks in each direction.
-        arguments: what it takes.
+        arguments: addresses, and numpy scalars where a number is taken.
     """
 
     kernel: str
     grid: tuple[int, int, int]
-    arguments: tuple[Argument, ...]
+    arguments: tuple[int | np.int32, ...]
 
 
 class Module(Protocol):
@@ -158,13 +153,6 @@ class StepShape:
         return max(1, min(self.tuning.max_splits, 2 * self.num_multiprocessors // (self.config.num_kv_heads * self.rows)))
 
     @property
-    def prefetchers(self) -> int:
-        """Blocks of attention's grid, for each row and head, that ask for coming weights in its place."""
-        if not self.tuning.prefetched:
-            return 0
-        return max(1, 2 * self.num_multiprocessors // (self.config.num_kv_heads * self.rows))
-
-    @property
     def macros(self) -> dict[str, str]:
         """Every size, as the source names it."""
         config, expert = self.config, self.config.modalities[self.tokens].expert
@@ -206,8 +194,11 @@ class StepShape:
 
     def blocks(self, units: int, of_rows: int = 1) -> tuple[int, int, int]:
         """Blocks for ``units`` of ``of_rows`` weight rows each: of one row a warp a unit, of several a block a tile."""
-        wanted = -(-units // (self.tuning.threads // 32)) if self.rows == 1 else -(-units * of_rows // _TILE)
-        return min(wanted, self.tuning.max_blocks * self.num_multiprocessors), 1, 1
+        if self.rows == 1:
+            wanted, most = -(-units // (self.tuning.threads // 32)), self.tuning.max_blocks
+        else:
+            wanted, most = -(-units * of_rows // _TILE), self.tuning.max_tiles
+        return min(wanted, most * self.num_multiprocessors), 1, 1
 
 
 @dataclass(frozen=True)
@@ -247,38 +238,16 @@ def launches(shape: StepShape, predicts: int, at: Addresses) -> list[Launch]:
         wq, wk, wv, wo = (weight(f"{prefix}.attention.{one}.{route}.weight") for one in ("wq", "wk", "wv", "wo"))
         norm = weight(f"{prefix}.attention_norm.weight")
         project = (work["x"], norm, wq, wk, wv, at.cosines, at.sines, at.positions, work["queries"], keys, values)
-        coming = _coming(shape, at, layer)
-        attend = (work["queries"], keys, values, at.positions, work["partial"], work["counters"], work["attended"], coming)
+        attend = (work["queries"], keys, values, at.positions, work["partial"], work["counters"], work["attended"])
         found += [
             Launch("project_heads", shape.blocks(pairs, 2), project),
-            Launch("attend", (shape.splits + shape.prefetchers, config.num_kv_heads, shape.rows), attend),
+            Launch("attend", (shape.splits, config.num_kv_heads, shape.rows), attend),
             Launch("project_out", shape.blocks(config.model_width), (work["attended"], wo, work["x"])),
             *_expert(shape, weight, work, f"{prefix}.feed_forward.{name}", weight(f"{prefix}.ffn_norm.weight")),
         ]
     num_ids, rows_of_head = len(config.id_ranges[predicts]), _head(config, predicts, weight)
     head = (work["x"], weight(FINAL_NORM), rows_of_head, np.int32(num_ids), at.logits)
     return [*found, Launch("head", shape.blocks(num_ids), head)]
-
-
-def _coming(shape: StepShape, at: Addresses, layer: int) -> tuple[int, ...]:
-    """Ranges of the weights behind a layer's attention, as they are read: addresses, then numbers of bytes."""
-    config, name = shape.config, shape.config.modality_names[shape.tokens]
-    expert = config.modalities[shape.tokens].expert
-    sizes = {one.name: 2 * one.numel for one in parameters(config)}
-    prefix = f"layers.{layer}.feed_forward.{name}"
-    if isinstance(expert, AdapterExpert):
-        route = name if config.routed_attention else config.attention_routes[0]
-        wanted = [f"{prefix}.{one}.weight" for one in ("down_proj", "fc1", "fc2", "up_proj")]
-        wanted += [f"layers.{layer + 1}.attention.{one}.{route}.weight" for one in ("wq", "wk", "wv", "wo")]
-    else:  # its first two are read side by side
-        wanted = [f"{prefix}.{one}.weight" for one in ("w1", "w3", "w2")]
-    found, left = [], shape.tuning.prefetched
-    for number, one in enumerate(one for one in wanted if one in sizes):
-        taken = min(sizes[one], left // 2 if number == 0 and not isinstance(expert, AdapterExpert) else left)
-        found.append((at.weights(one), taken))
-        left -= taken
-    found += [(0, 0)] * (_NUM_COMING - len(found))
-    return (*(address for address, _ in found), *(count for _, count in found))
 
 
 def _expert(shape: StepShape, weight: Callable[[str], int], work: dict[str, int], prefix: str, norm: int) -> list[Launch]:

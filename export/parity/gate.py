@@ -163,12 +163,8 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     """
     extras = extras or Extras()
     started = time.perf_counter()
-    config, dtype, quantization = subject.config, subject.dtype, subject.quantization
-    with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
-        findings = contract_findings(subject.model_file, config, dtype, checkpoint, advance, quantization)
-        for graph in subject.graphs:
-            own = derived_contract_findings(subject.model_file, graph, config, dtype, quantization)
-            findings += named_for(graph, own)
+    config, quantization = subject.config, subject.quantization
+    findings = _contract(subject, checkpoint, steps)
     losses: list[Finding] = []
     if (weights := subject.weights()) is not None:
         losses = measure_losses(config, checkpoint, weights, steps)
@@ -203,6 +199,17 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
         evidence |= _dissected(subject.model_file, config, expected, steps, num_threads, extras.failing_part)
     findings += losses
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, subject.files, evidence)
+
+
+def _contract(subject: Subject, checkpoint: Checkpoint, steps: Steps) -> list[Finding]:
+    """P1 of every graph: what is stored, whoever runs it."""
+    config, dtype, quantization = subject.config, subject.dtype, subject.quantization
+    with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
+        findings = contract_findings(subject.model_file, config, dtype, checkpoint, advance, quantization)
+        for graph in subject.graphs:
+            own = derived_contract_findings(subject.model_file, graph, config, dtype, quantization)
+            findings += named_for(graph, own)
+    return findings
 
 
 def _evidence(
@@ -283,11 +290,11 @@ def climb_session(
     checkpoint: Checkpoint,
     steps: Steps,
     files: Mapping[str, str],
-    weights: QuantizedWeights | None = None,
     extras: Extras | None = None,
-    model_file: Path | None = None,
+    subject: Subject | None = None,
+    other_ways: Mapping[str, Callable[[], Session]] | None = None,
 ) -> Report:
-    """P2 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
+    """P1 to P5 for any other backend against PyTorch, which runs on the same GPU where it can: in float32, without TF32.
 
     Args:
         open_it: opens what is examined; once to see that it can be, and again when the reference is gone.
@@ -295,40 +302,54 @@ def climb_session(
         checkpoint: what it was made of.
         steps: told of progress.
         files: sha256 by name of the files examined, for the report.
-        weights: what is in the place of the checkpoint's weights, where they are quantised.
         extras: what is asked besides.
-        model_file: the canonical graph, which is what can be cut into parts; None: nothing is.
+        subject: the graphs that the backend's files are made of, for P1; None: nothing of theirs is asked.
+        other_ways: by name, how the same backend can be opened otherwise, as it would open itself where something is missing;
+            each is asked P2 to P5, too.
     """
     extras = extras or Extras()
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
-        most_rows, dtype = session.most_rows, DTYPE_OF_PRECISION[session.precision]
+        most_rows = session.most_rows
     findings: list[Finding] = []
-    if weights is not None:  # the reference reads the bundle's own file: that it holds the checkpoint's weights is asked here
-        with steps.step("P1 contract and weights", checkpoint.num_bytes) as advance:
-            findings = contract_findings(weights.model_file, config, dtype, checkpoint, advance, weights.quantization)
+    weights = None if subject is None else subject.weights()
+    if subject is not None:
+        findings = _contract(subject, checkpoint, steps)
+    if weights is not None:
         findings += measure_losses(config, checkpoint, weights, steps)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, extras)
     with expected.taken_by(open_it()) as session:
-        with steps.step("P2 self-consistency"):
-            findings += asked("P2", lambda: consistency_findings(session))
-        with steps.step("P3 routing laws"):
-            findings += asked("P3", lambda: law_findings(session))
-        with steps.step("P4 agreement with the reference"):
-            compared: list[Compared] = []
-            findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
-        with steps.step("P5 generation"):
-            generated = generate_plans(session, expected.plans)
-            findings += [judge_generated(one, noise_of(compared)) for one in generated]
-        evidence = _evidence(session, expected, compared, generated, session.activation_block)
-        passes: Mapping[str, int] = getattr(session, "passes", {})
-        findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
-        backend = session.backend
-    if extras.is_dissected and model_file is not None:
-        evidence |= _dissected(model_file, config, expected, steps, 0, extras.failing_part)
+        own, evidence = _climbed_session(session, expected, steps)
+        findings, backend = findings + own, session.backend
+    for name, open_otherwise in (other_ways or {}).items():
+        with expected.taken_by(open_otherwise()) as session:
+            own, _ = _climbed_session(session, expected, steps, f", {name}")
+            findings += [replace(one, question=f"{one.question}, {name}") for one in own]
+    # What no backend on the CPU computes in cannot be taken apart there.
+    if extras.is_dissected and subject is not None and subject.precision != "bf16":
+        evidence |= _dissected(subject.model_file, config, expected, steps, 0, extras.failing_part)
     return Report(backend, expected.name, tuple(findings), time.perf_counter() - started, files, evidence)
+
+
+def _climbed_session(
+    session: Session, expected: Expectation, steps: Steps, how: str = ""
+) -> tuple[list[Finding], dict[str, Any]]:
+    """P2 to P5 of an open session, and the evidence."""
+    with steps.step(f"P2 self-consistency{how}"):
+        findings = asked("P2", lambda: consistency_findings(session))
+    with steps.step(f"P3 routing laws{how}"):
+        findings += asked("P3", lambda: law_findings(session))
+    with steps.step(f"P4 agreement with the reference{how}"):
+        compared: list[Compared] = []
+        findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
+    with steps.step(f"P5 generation{how}"):
+        generated = generate_plans(session, expected.plans)
+        findings += [judge_generated(one, noise_of(compared)) for one in generated]
+    passes: Mapping[str, int] = getattr(session, "passes", {})
+    findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
+    return findings, _evidence(session, expected, compared, generated, session.activation_block)
 
 
 def _not_dissected(graph: Graph) -> Finding:

@@ -466,8 +466,8 @@ def test_another_backend_is_asked_for_the_checkpoints_weights_too(
     save_whole(model, tmp_path / "b")
     told = open_bundle(int4).manifest
     for folder, verdict in ((int4, Outcome.PASS), (tmp_path / "b", Outcome.FAIL)):
-        held = QuantizedWeights(folder / "model.onnx", EQUAL, quantization_of(int4))
+        subject = Subject(folder / "model.onnx", EQUAL, told.precision, {}, told.graphs, told.quantization)
         opened = partial(OnnxSession, folder / "model.onnx", EQUAL, quantization=told.quantization, exact_activations=True)
-        report = climb_session(opened, EQUAL, open_checkpoint(make_checkpoint(EQUAL)), Steps(), {}, held)
+        report = climb_session(opened, EQUAL, open_checkpoint(make_checkpoint(EQUAL)), Steps(), {}, subject=subject)
         assert report.verdict is verdict
         assert {"P1", "loss"} < {one.rung for one in report.findings}

@@ -16,8 +16,9 @@ from motrt.export.verification import verify_bundle
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.signature import INPUT_IDS
 from motrt.runtime.backends import probe
+from motrt.runtime.bundle import open_bundle
 from motrt.runtime.engine_record import Range
-from motrt.runtime.load import load
+from motrt.runtime.load import cuda_session, load
 from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 
 pytestmark = pytest.mark.gpu
@@ -75,7 +76,7 @@ def test_steps_are_done_again_from_their_record(backend: str, bundle: Path) -> N
     """A record reads where it read when it was made: a step that is bound to other ids then gives the same logits."""
     if backend != "cuda":
         pytest.skip("of onnxruntime alone")
-    with load(bundle, backend) as session:
+    with cuda_session(open_bundle(bundle), step_kernels=False) as session:
         assert isinstance(session, CudaOnnxSession)
         _, cache = session.prefill([[1, 2, 3]], "text")
         for _ in range(4):
@@ -88,6 +89,29 @@ def test_steps_are_done_again_from_their_record(backend: str, bundle: Path) -> N
         step.binding.bind_ortvalue_input(INPUT_IDS, session._on_device(np.array([[9]])))
         run(step.binding, step.options)
         np.testing.assert_array_equal(step.logits.numpy(), expected)
+
+
+def test_steps_of_half_precision_are_own_kernels_and_say_what_onnxruntimes_say(backend: str, bundle: Path) -> None:
+    if backend != "cuda":
+        pytest.skip("of onnxruntime alone")
+    opened = open_bundle(bundle)
+    is_half = opened.manifest.quantization is None
+    rows = [[1, 2, 3], [4, 5], *([number] * 9 for number in range(6, 12))]
+    said: list[list[np.ndarray[Any, Any]]] = []
+    for own in (True, False):
+        with cuda_session(opened, step_kernels=own) as session:
+            assert isinstance(session, CudaOnnxSession)
+            assert (session.no_kernels == "") is (own and is_half), session.no_kernels
+            steps = []
+            for count in (1, 2, 5, len(rows)):
+                _, cache = session.prefill(rows[:count], "text")
+                steps += [session.decode_step([7 + n] * count, "text", cache) for n in range(3)]
+                assert bool(cache.buffers.held.kernels) is (own and is_half)
+            said.append(steps)
+    text = TINY.id_ranges[0]
+    for ours, theirs in zip(*said, strict=True):
+        for one, right in zip(ours[:, : text.stop], theirs[:, : text.stop], strict=True):
+            assert np.linalg.norm(one - right) <= 0.03 * np.linalg.norm(right)
 
 
 def test_nothing_that_computes_is_left_to_the_host(backend: str, bundle: Path) -> None:

@@ -15,6 +15,7 @@ from motrt.export.parity.gate import climb_session
 from motrt.export.steps import Steps
 from motrt.export.verification import verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
+from motrt.runtime import step_kernels
 from motrt.runtime.backends import probe
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.kv_cache import KVCache
@@ -22,6 +23,8 @@ from motrt.runtime.load import cuda_session
 from motrt.runtime.onnx_cuda_session import CudaOnnxSession
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
+from motrt.runtime.step_kernels import StepShape
+from motrt.tests.runtime.host_kernels import FAULTY_LINES, FAULTY_MACROS, faulty_source
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +39,7 @@ def bundle(request: pytest.FixtureRequest, tiny64_checkpoint: Path, tmp_path_fac
 
 
 Plant = Callable[[Doctored], object]
+# In what is stored, and in the steps' graphs, which run where the step kernels cannot.
 FAULTS: dict[str, tuple[str, Plant]] = {
     "a row of a projection is another's": ("model", change("layers.1.attention.wq.audio.weight", row_of_another)),
     "the weight of a norm dropped": ("model", change("layers.1.ffn_norm.weight", np.ones_like)),
@@ -53,6 +57,28 @@ def test_a_planted_fault_is_a_fail(name: str, bundle: Path, tmp_path: Path) -> N
     plant(doctored)
     report = verify_bundle(doctored.vouch(), backend="cuda")
     assert [one for one in report.findings if one.outcome is Outcome.FAIL], name
+
+
+def _is_failed(bundle: Path) -> bool:
+    failed = [one for one in verify_bundle(bundle, backend="cuda").findings if one.outcome is Outcome.FAIL]
+    # With onnxruntime's kernels, which have no fault, nothing fails.
+    return bool(failed) and not any("onnxruntime's kernels" in one.question for one in failed)
+
+
+@pytest.mark.parametrize("name", FAULTY_MACROS)
+def test_step_kernels_with_another_number_are_a_fail(name: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = StepShape.macros.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(StepShape, "macros", property(lambda shape: real(shape) | FAULTY_MACROS[name]))
+    assert _is_failed(bundle)
+
+
+@pytest.mark.parametrize("name", FAULTY_LINES)
+def test_step_kernels_with_another_line_are_a_fail(
+    name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels.cu").write_text(faulty_source(name))
+    monkeypatch.setattr(step_kernels, "SOURCE", tmp_path / "kernels.cu")
+    assert _is_failed(bundle)
 
 
 class RepeatsAStep(CudaOnnxSession):

@@ -50,8 +50,8 @@ static Fiber* current;
 static jmp_buf scheduler;
 static ucontext_t outside;
 typedef uint64_t Word;
-static void (*kernel)(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word);
-static Word arguments[23];
+static void (*kernel)(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word);
+static Word arguments[11];
 
 static void yield() {
     if (!_setjmp(current->here)) _longjmp(scheduler, 1);
@@ -68,16 +68,13 @@ static void meet(Barrier& barrier) {
 }
 
 static void body() {
-    Word* a = arguments;  // a structure of words is passed as they are, one behind the other
-    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
-           a[12], a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22]);
+    Word* a = arguments;
+    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10]);
     current->has_ended = true;
     _longjmp(scheduler, 1);
 }
 
-static bool any_has_waited;
-
-// Returns 0, 1 where threads wait for each other for ever, 2 where some waited for the kernel ahead and others did not.
+// Returns 0, 1 where threads wait for each other for ever, 2 where one did not wait for the kernel ahead.
 static int run_block(int threads) {
     block = {threads, 0, 0};
     warps.assign(threads / 32, Barrier{32, 0, 0});
@@ -109,8 +106,7 @@ static int run_block(int threads) {
         }
     }
     for (Fiber& one : fibers)
-        if (one.has_waited != fibers[0].has_waited) return 2;
-    any_has_waited |= fibers[0].has_waited;
+        if (!one.has_waited) return 2;
     return 0;
 }
 }  // namespace host
@@ -124,14 +120,13 @@ extern "C" int host_launch(void* kernel, const uint64_t* arguments, int count, i
     std::memset(host::arguments, 0, sizeof host::arguments);
     std::memcpy(host::arguments, arguments, count * sizeof(uint64_t));
     host::grid = {x, y, z};
-    host::any_has_waited = false;
     for (int k = z - 1; k >= 0; --k)  // no block may rely on another's having run
         for (int j = y - 1; j >= 0; --j)
             for (int i = x - 1; i >= 0; --i) {
                 host::block_index = {i, j, k};
                 if (int status = host::run_block(threads)) return status;
             }
-    return host::any_has_waited ? 0 : 2;  // a block that reads no kernel's result may end without
+    return 0;
 }
 
 static inline void __syncthreads() { host::meet(host::block); }
@@ -190,7 +185,6 @@ static inline uint4 load_once(const Stored* from) {
     return got;
 }
 
-static inline void prefetch_line(const char*) {}
 static inline void let_next_start() {}
 static inline void wait_for_previous() { host::current->has_waited = true; }
 

@@ -10,11 +10,34 @@ from typing import Any
 
 import numpy as np
 
+from motrt.runtime import step_kernels
 from motrt.runtime.step_kernels import Launch
 from motrt.tests.runtime.fake_tensorrt import HostDevice
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+# Faults to plant in the step kernels: in what they are compiled with, and in a line of theirs.
+FAULTY_MACROS = {
+    "halves rotated where pairs are": {"IS_INTERLEAVED": "0"},
+    "softmax not scaled": {"SOFTMAX_SCALE": "1.0f"},
+    "an epsilon of another size": {"NORM_EPS": "1e-1f"},
+}
+FAULTY_LINES = {
+    "keys and values exchanged": ("head < HEADS + KV_HEADS ? keys : values", "head < HEADS + KV_HEADS ? values : keys"),
+    "the newest key not seen": ("int(positions[b]) + 1", "int(positions[b])"),
+    "the residual dropped": ("= before + sums[0]", "= sums[0]"),
+    "SiLU for GELU": ("IS_GELU ? gelu(value)", "IS_GELU ? silu(value)"),
+    "one part of the keys left out": ("for (int w = 0; w < WARPS; ++w) {", "for (int w = 1; w < WARPS; ++w) {"),
+}
+
+
+def faulty_source(name: str) -> str:
+    """The kernels with one of ``FAULTY_LINES``."""
+    right, wrong = FAULTY_LINES[name]
+    source = step_kernels.SOURCE.read_text("utf-8")
+    assert source.count(right) == 1, right
+    return source.replace(right, wrong)
 
 
 @cache
@@ -54,8 +77,7 @@ class HostModule:
             self._now(launch, threads)
 
     def _now(self, launch: Launch, threads: int) -> None:
-        words = [int(word) for one in launch.arguments for word in (one if isinstance(one, tuple) else (one,))]
-        values = (ctypes.c_uint64 * len(words))(*words)
+        values = (ctypes.c_uint64 * len(launch.arguments))(*(int(one) for one in launch.arguments))
         kernel = ctypes.cast(getattr(self._library, launch.kernel), ctypes.c_void_p)
         status = self._library.host_launch(kernel, values, len(values), *launch.grid, threads)
         assert status == 0, f"{launch.kernel}: {('', 'it hangs', 'it does not wait for the kernel ahead')[status]}"

@@ -14,6 +14,7 @@ from motrt.model_def.graph import Graph, plan_for
 from motrt.model_def.initialize import random_tensors
 from motrt.model_def.operators import rope_tables
 from motrt.model_def.parameters import parameters
+from motrt.runtime import step_kernels
 from motrt.runtime.step_inputs import StepInputs
 from motrt.runtime.step_kernels import (
     MAX_ROWS,
@@ -26,7 +27,7 @@ from motrt.runtime.step_kernels import (
     why_not,
 )
 from motrt.runtime.torch_session import TorchSession
-from motrt.tests.runtime.host_kernels import COMPILER, KernelDevice, stored
+from motrt.tests.runtime.host_kernels import COMPILER, FAULTY_LINES, FAULTY_MACROS, KernelDevice, faulty_source, stored
 
 TINY64 = ModelConfig.preset("tiny64")
 TINY = ModelConfig.tiny()
@@ -98,6 +99,31 @@ def test_steps_are_the_decoders(name: str, rows: int, modality: int, dtype: str)
             assert np.linalg.norm(kept[row, :, start:stop] - expected) <= limit * np.linalg.norm(expected)
             got[row, :, start:stop] = was[row, :, start:stop]
         np.testing.assert_array_equal(got, was)  # nothing else was written
+
+
+def _worst_error(talk: Conversation, modality: int) -> float:
+    ids, worst = talk.config.id_ranges[modality], 0.0
+    step = talk.capture(step_of(talk.config, modality, modality))
+    for token in (ids[5], ids[9]):
+        taken = StepInputs(*(np.array(one) for one in ([[token]], [], talk.cache.lengths.copy(), [], [])))
+        (got,) = talk.kernels.run(step, taken)
+        (expected,) = talk.reference.decode_step([token], talk.name, talk.cache)
+        right = expected[ids.start : ids.stop]
+        worst = max(worst, float(np.linalg.norm(got - right) / np.linalg.norm(right)))
+    return worst
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*FAULTY_LINES, *FAULTY_MACROS])
+def test_a_fault_in_them_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _worst_error(Conversation(TINY64, "float16", 1, 1), 1) < 0.004
+    if name in FAULTY_MACROS:
+        real = StepShape.macros.fget  # type: ignore[attr-defined]
+        monkeypatch.setattr(StepShape, "macros", property(lambda shape: real(shape) | FAULTY_MACROS[name]))
+    else:
+        (tmp_path / "kernels.cu").write_text(faulty_source(name))
+        monkeypatch.setattr(step_kernels, "SOURCE", tmp_path / "kernels.cu")
+    assert _worst_error(Conversation(TINY64, "float16", 1, 1), 1) > 0.02
 
 
 @needs_compiler
