@@ -351,9 +351,8 @@ def chosen_quantize_options(precision: str, given: dict[str, Any]) -> Any:
 @click.option(
     "--operators",
     type=click.Choice(["standard", "onnxruntime"]),
-    default="standard",
-    show_default=True,
-    help="Of the steps of --target cuda: onnxruntime has some of its own, each for several standard ones.",
+    help="Of the steps of --target cuda. onnxruntime has some of its own, each for several standard ones: the default in half "
+    "precision.",
 )
 @quantize_options
 @engine_options

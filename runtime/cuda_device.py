@@ -99,10 +99,10 @@ class CudaDevice:
         with _told("copying to the GPU"):
             self._cuda.memcpy(buffer.address, data.ctypes.data, data.nbytes, self._kinds.HostToDevice, self.stream)
 
-    def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
-        """Fill ``values`` from the beginning of ``buffer``; returns when they are there."""
+    def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any], start: int = 0) -> None:
+        """Fill ``values`` from byte ``start`` of ``buffer`` on; returns when they are there."""
         with _told("computing, or copying from the GPU"):
-            self._cuda.memcpy(values.ctypes.data, buffer.address, values.nbytes, self._kinds.DeviceToHost, self.stream)
+            self._cuda.memcpy(values.ctypes.data, buffer.address + start, values.nbytes, self._kinds.DeviceToHost, self.stream)
             self._cuda.stream_synchronize(self.stream)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:

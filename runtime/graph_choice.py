@@ -66,7 +66,16 @@ def as_contract(graph: Graph, config: ModelConfig, logits: NDArray[np.float32], 
     if not graph.is_step:
         return logits
     assert graph.predicts is not None
+    whole = empty_contract(config, graph.predicts, len(inputs.logits_index))
     ids = config.id_ranges[graph.predicts]
-    whole = np.full((len(inputs.logits_index), config.vocab_size), -np.inf, np.float32)
-    whole[:, ids.start : ids.stop] = logits[inputs.logits_index]  # one token per row: a flat position is a row
+    # One token per row: a flat position is a row.
+    whole[:, ids.start : ids.stop] = logits if len(logits) == len(whole) else logits[inputs.logits_index]
+    return whole
+
+
+def empty_contract(config: ModelConfig, predicts: int, count: int) -> NDArray[np.float32]:
+    """Logits [count, v] that are -inf outside modality ``predicts``'s range, and not yet written in it."""
+    ids = config.id_ranges[predicts]
+    whole = np.empty((count, config.vocab_size), np.float32)
+    whole[:, : ids.start] = whole[:, ids.stop :] = -np.inf
     return whole

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from motrt.model_def.config import AdapterExpert, ModelConfig, rope_frequencies
 from motrt.model_def.graph import Graph
 from motrt.model_def.parameters import EMBEDDING, FINAL_NORM, SHARED_HEAD, parameters, split_head
+from motrt.runtime.graph_choice import empty_contract
 from motrt.runtime.step_inputs import StepInputs
 
 SOURCE = Path(__file__).with_name("step_kernels.cu")
@@ -83,7 +84,7 @@ class Device(Protocol):
 
     def allocate(self, num_bytes: int) -> Any: ...
     def upload(self, buffer: Any, values: np.ndarray[Any, Any]) -> None: ...
-    def download(self, buffer: Any, values: np.ndarray[Any, Any]) -> None: ...
+    def download(self, buffer: Any, values: np.ndarray[Any, Any], start: int = 0) -> None: ...
     def record(self, work: Callable[[], None]) -> Callable[[], None]: ...
     def compile(self, source: str, macros: dict[str, str]) -> Module: ...
 
@@ -299,12 +300,12 @@ def _stored(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
 
 @dataclass
 class CapturedStep:
-    """A step over one cache: what does it, and the memory that it is fed and read from."""
+    """A step over one cache: what does it, the memory that it is fed and read from, and the modality that it predicts."""
 
     replay: Callable[[], None]
     inputs: Any
     logits: Any
-    num_ids: int
+    predicts: int
     held: list[Any] = field(default_factory=list)
 
 
@@ -377,10 +378,10 @@ class StepKernels:
             for number, launch in enumerate(step):
                 module.launch(launch, self._tuning.threads, waits=self._tuning.overlaps and number > 0)
 
-        return CapturedStep(self.device.record(run), inputs, logits, num_ids, [module, *work.values()])
+        return CapturedStep(self.device.record(run), inputs, logits, graph.predicts, [module, *work.values()])
 
     def run(self, step: CapturedStep, inputs: StepInputs) -> NDArray[np.float32]:
-        """One pass: logits [b, ids of the predicted modality].
+        """One pass: logits [n, v] of the wanted rows, -inf outside the predicted modality's range.
 
         Raises:
             BackendError: where the device fails.
@@ -388,8 +389,11 @@ class StepKernels:
         fed = np.concatenate((inputs.input_ids[:, 0], inputs.cache_position))  # both [b] int64
         self.device.upload(step.inputs, fed)
         step.replay()
-        logits = np.empty((len(inputs.cache_position), step.num_ids), np.float32)
-        self.device.download(step.logits, logits)
+        ids = self.config.id_ranges[step.predicts]
+        logits = empty_contract(self.config, step.predicts, len(inputs.logits_index))
+        # Each to its place in the caller's array: fresh memory costs more than the copy, and is written once so.
+        for row, wanted in zip(inputs.logits_index, logits, strict=True):
+            self.device.download(step.logits, wanted[ids.start : ids.stop], int(row) * 4 * len(ids))
         return logits
 
     def _shape(self, tokens: int, rows: int) -> StepShape:

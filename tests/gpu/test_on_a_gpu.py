@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4", "bf16-onnxruntime"])
+@pytest.fixture(scope="module", params=["fp16", "bf16", *(f"{one}-onnxruntime" for one in ("fp16", "bf16", "int8", "int4"))])
 def bundle(
     backend: str, request: pytest.FixtureRequest, tiny64_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

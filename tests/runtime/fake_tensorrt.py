@@ -56,10 +56,10 @@ class HostDevice(CudaDevice):
         self.num_uploads += 1
         ctypes.memmove(buffer.address, np.ascontiguousarray(values).ctypes.data, values.nbytes)
 
-    def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any]) -> None:
-        assert values.nbytes <= buffer.num_bytes
+    def download(self, buffer: DeviceBuffer, values: np.ndarray[Any, Any], start: int = 0) -> None:
+        assert start + values.nbytes <= buffer.num_bytes
         self.num_downloads += 1
-        ctypes.memmove(values.ctypes.data, buffer.address, values.nbytes)
+        ctypes.memmove(values.ctypes.data, buffer.address + start, values.nbytes)
 
     def synchronize(self) -> None: ...
 
