@@ -521,12 +521,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     if (num_splits == 1) return;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&counters[b * KV_HEADS + head], 1) == num_splits - 1;
+    if (threadIdx.x == 0) {
+        __threadfence();  // what the block wrote is there before it is counted, and what was counted is there before it is read
+        is_last = atomicAdd(&counters[b * KV_HEADS + head], 1) == num_splits - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
     for (int i = threadIdx.x; i < GROUP * HEAD_SIZE; i += THREADS) {
         const int g = i / HEAD_SIZE, d = i % HEAD_SIZE;
         float highs[SPLITS], totals[SPLITS], sums[SPLITS], high = -INFINITY, total = 0, own = 0;
