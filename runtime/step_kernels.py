@@ -47,7 +47,7 @@ class Tuning:
 
     threads: int = 256
     ahead: int = 16
-    max_blocks: int = 8
+    max_blocks: int = 4
     max_tiles: int = 2
     max_splits: int = 16
     min_keys: int = 32
@@ -198,7 +198,8 @@ class StepShape:
         if self.rows == 1:
             wanted, most = -(-units // (self.tuning.threads // 32)), self.tuning.max_blocks
         else:
-            wanted, most = -(-units * of_rows // _TILE), self.tuning.max_tiles
+            # Every block norms its rows again: many rows want fewer blocks.
+            wanted, most = -(-units * of_rows // _TILE), max(1, self.tuning.max_tiles // (1 + self.rows // 5))
         return min(wanted, most * self.num_multiprocessors), 1, 1
 
 

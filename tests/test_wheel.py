@@ -79,7 +79,8 @@ def empty_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_wheel_holds_every_module_of_the_rooms_and_nothing_else(wheel: Path, source: Path) -> None:
     modules = [path for path in source.glob("*.py") if path.name != "setup.py"]
     modules += [path for room in ROOMS for path in (source / room).rglob("*.py")]
-    expected = {f"motrt/{path.relative_to(source).as_posix()}" for path in modules} | {"motrt/py.typed"}
+    modules += [source / "py.typed", source / "runtime" / "step_kernels.cu"]
+    expected = {f"motrt/{path.relative_to(source).as_posix()}" for path in modules}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
