@@ -173,6 +173,22 @@ def table_of(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_step_kernels(document: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+    """The race with the steps of ``gpu_kernels.py`` beside it: the cut that is the default, of the same numbers of rows."""
+    steps = {
+        (graph.removeprefix("decode."), run["rows"]): run["cuts"][run.get("chosen", 0)][graph]
+        for run in kernels["runs"]
+        for graph in run["cuts"][0]
+        if graph != "tuning"
+    }
+    cases = []
+    for case in document["cases"]:
+        found = steps.get((case["case"], case["rows"]))
+        beside = {} if found is None or "event_ms" not in found else {f"{OURS} (alone)": {"event_ms": found["event_ms"]}}
+        cases.append({**case, "contenders": {**case["contenders"], **beside}})
+    return {**document, "cases": cases}
+
+
 def draw(document: dict[str, Any], file: Path) -> None:
     """Bars of tokens per second between events, a panel for each case."""
     import matplotlib
@@ -191,7 +207,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
         measured = {name: one["event_ms"]["median"] for name, one in case["contenders"].items() if "event_ms" in one}
         bars = {name: 1000 * case["rows"] / taken for name, taken in measured.items()}
         names = sorted(bars, key=lambda name: bars[name])
-        colours = ["#1f6f8b" if name in (OURS, *OPERATORS.values()) else "#b8b8b8" for name in names]
+        colours = ["#1f6f8b" if name.startswith((OURS, *OPERATORS.values())) else "#b8b8b8" for name in names]
         drawn = panel.barh(names, [bars[name] for name in names], color=colours)
         panel.bar_label(drawn, fmt="%.0f", padding=3)
         panel.set_title(f"{case['case']}, rows: {case['rows']}", loc="left")
@@ -202,27 +218,45 @@ def draw(document: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
+def _draw_again(found: Path, kernels: Path | None, chart: Path | None) -> None:
+    document = json.loads(found.read_text("utf-8"))
+    click.echo(table_of(document))
+    if kernels is not None:
+        document = with_step_kernels(document, json.loads(kernels.read_text("utf-8")))
+    if chart is not None:
+        draw(document, chart)
+
+
 PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--model", type=PATH, required=True, help="The checkpoint that the bundles are made of.")
-@click.option("--bundle", "bundles", type=PATH, multiple=True, required=True, help="A bundle for cuda; may be given again.")
+@click.option("--model", type=PATH, help="The checkpoint that the bundles are made of.")
+@click.option("--bundle", "bundles", type=PATH, multiple=True, help="A bundle for cuda; may be given again.")
 @click.option("--rows", multiple=True, type=click.IntRange(1, 1024), default=(1, 8, 64), show_default=True)
 @click.option("--compile/--no-compile", "compiles", default=True, help="Race PyTorch compiled, too.")
 @click.option("--seconds", type=float, default=240.0, show_default=True, help="Most for one group of contenders.")
 @click.option("--json", "json_file", type=PATH)
 @click.option("--chart", type=PATH)
+@click.option("--found", type=PATH, help="Draw what was found before, and measure nothing.")
+@click.option("--kernels", type=PATH, help="What gpu_kernels.py found, to be drawn beside it.")
 def main(
-    model: Path,
+    model: Path | None,
     bundles: tuple[Path, ...],
     rows: tuple[int, ...],
     compiles: bool,
     seconds: float,
     json_file: Path | None,
     chart: Path | None,
+    found: Path | None,
+    kernels: Path | None,
 ) -> None:
     """Race every group; a table on standard error, one JSON document last. Exits with 1 where nothing was measured."""
+    if found is not None:
+        _draw_again(found, kernels, chart)
+        return
+    if model is None or not bundles:
+        raise click.UsageError("name --model and --bundle to measure, or --found to draw")
     if (gpus := find_gpus()).first is None:
         raise click.ClickException(f"this measures a GPU, and there is none: {gpus.reason}")
 

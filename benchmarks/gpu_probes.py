@@ -44,7 +44,8 @@ def probe_steps(session: Any) -> dict[str, Any]:
     names = list(config.modality_names)
     for _ in range(5):
         session.decode_step([_prompt(session, modality, 1)[0] for modality in range(len(names))], names, joined)
-    return {"passes": session.passes, "captured": sorted(graph.name for graph in session._recorded)}
+    captured = sorted(graph.name for graph in session._recorded)
+    return {"passes": session.passes, "captured": captured, "no_kernels": session.no_kernels}
 
 
 @contextmanager

@@ -37,9 +37,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rope_tables(rope: RopeConfig, head_size: int, max_seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position: two tensors [max_seq_len, d/2], computed in float64, rounded once."""
-    # One at a time: a trace knows tensors that are filled, and not those that are made of lists.
-    frequencies = torch.cat([torch.full((1,), one, dtype=torch.float64) for one in rope_frequencies(rope, head_size)])
-    angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
+    # On the CPU whatever the default device: a trace has none of the numbers, and they must not mix.
+    frequencies = torch.tensor(rope_frequencies(rope, head_size), dtype=torch.float64, device="cpu")
+    angles = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

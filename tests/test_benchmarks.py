@@ -77,10 +77,8 @@ def gpu_race(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: p
     """The race for GPUs with host memory for a device's, every group in this process, and what it left."""
     checkpoint = make_checkpoint(ModelConfig.tiny(max_seq_len=512))
     folder = tmp_path_factory.mktemp("race")
-    bundles = [folder / operators for operators in OPERATORS]
-    for bundle in bundles:
-        operators: Any = bundle.name
-        export_bundle(checkpoint, bundle, "fp32", verify=False, target="cuda", operators=operators)
+    bundles = [folder / "standard"]
+    export_bundle(checkpoint, bundles[0], "fp32", verify=False, target="cuda")
 
     def run(group: gpu_decode.Group, model: Path, reference: Path, work: Path) -> dict[str, Any]:
         if group.kind == "kernels":  # of half precision alone
@@ -98,7 +96,7 @@ def gpu_race(make_checkpoint: Callable[[ModelConfig], Path], tmp_path_factory: p
 def test_the_race_on_a_gpu_has_every_case_and_contender(gpu_race: dict[str, Any]) -> None:
     cases = {(one["case"], one["rows"]): one for one in gpu_race["cases"]}
     assert list(cases) == [("text", 1), ("audio", 1), ("text", 3), ("audio", 3), ("mixed", 3)]
-    everywhere = {gpu_contender.EAGER, gpu_contender.CAPTURED, gpu_contender.COMPILED, *OPERATORS.values()}
+    everywhere = {gpu_contender.EAGER, gpu_contender.CAPTURED, gpu_contender.COMPILED, OPERATORS["standard"]}
     alone = {gpu_contender.NOT_CAPTURED, gpu_contender.ONE_GRAPH, f"{OPERATORS['standard']}, {gpu_contender.FLASH}"}
     for (name, rows), case in cases.items():
         expected = everywhere | (alone if rows == 1 else set()) | ({gpu_contender.ALL_EXPERTS} if name != "mixed" else set())
@@ -115,6 +113,15 @@ def test_the_chart_of_the_race_is_drawn(gpu_race: dict[str, Any], tmp_path: Path
     pytest.importorskip("matplotlib")
     gpu_decode.draw(gpu_race, tmp_path / "chart.svg")
     assert "mixed, rows: 3" in (tmp_path / "chart.svg").read_text()
+
+
+def test_the_steps_of_the_kernels_alone_are_drawn_beside_it(gpu_race: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cut = {"tuning": {}, "decode.text": {"event_ms": {"median": 0.5}}, "decode.audio": {"missing": "no memory"}}
+    drawn = gpu_decode.with_step_kernels(gpu_race, {"runs": [{"rows": 1, "cuts": [cut]}]})
+    names = {(case["case"], case["rows"]): set(case["contenders"]) for case in drawn["cases"]}
+    assert [key for key, found in names.items() if "motrt, own kernels (alone)" in found] == [("text", 1)]
+    gpu_decode.draw(drawn, tmp_path / "chart.svg")
 
 
 def a_contender(begin: Callable[[gpu_contender.Case], gpu_contender.Step]) -> gpu_contender.Contender:
