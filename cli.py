@@ -351,8 +351,7 @@ def chosen_quantize_options(precision: str, given: dict[str, Any]) -> Any:
 @click.option(
     "--operators",
     type=click.Choice(["standard", "onnxruntime"]),
-    help="Of the steps of --target cuda. onnxruntime has some of its own, each for several standard ones: the default in half "
-    "precision.",
+    help="Of the steps of --target cuda. onnxruntime has some of its own, each for several standard ones: the default in bf16.",
 )
 @quantize_options
 @engine_options

@@ -75,10 +75,11 @@ def allocating(device: CudaDevice) -> Iterator[list[int]]:
 def probe_capture(session: Any) -> dict[str, Any]:
     """The first steps of each batch size, captured while another thread allocates: are they right, and are they captured?"""
     name, prompt, rows = session.config.modality_names[0], _prompt(session, 0, 20), (1, 2, 3, 4, 5, 6)
-    token = prompt[0]
+    token, held_caches = prompt[0], list[Any]()
 
     def said(count: int) -> list[Any]:
         _, cache = session.prefill([prompt] * count, name)
+        held_caches.append(cache.buffers.held)
         return [session.decode_step([token] * count, name, cache) for _ in range(4)]
 
     with allocating(CudaDevice()) as allocations:
@@ -90,8 +91,15 @@ def probe_capture(session: Any) -> dict[str, Any]:
         for count in rows
         for one, other in zip(beside[count], alone[count], strict=True)
     ]
-    captured = sorted(graph.name for graph in session._recorded)
-    return {"allocations": allocations[0], "largest_difference": max(errors), "captured_afterwards": captured}
+    can_still = sorted(graph.name for graph in session._recorded)
+    return {
+        "allocations": allocations[0],
+        "largest_difference": max(errors),
+        "no_kernels": session.no_kernels,
+        "onnxruntime_still_captures": can_still,
+        "steps": sorted({f"own kernels, {graph.name}" for held in held_caches for graph in held.kernels})
+        + sorted({f"onnxruntime, {graph.name}" for held in held_caches for graph in held.steps}),
+    }
 
 
 def probe_conversations(session: Any) -> dict[str, Any]:
@@ -139,8 +147,9 @@ def main(bundle: Path, only: str | None, json_file: Path | None) -> None:
     document: dict[str, Any] = {"machine": machine("motrt", "onnxruntime-gpu")}
     for name in (only,) if only else PROBES:
         try:
-            with cuda_session(open_bundle(bundle)) as session:
-                document[name] = PROBES[name](session)
+            for how, own in (("own kernels", True), ("onnxruntime's kernels", False)):
+                with cuda_session(open_bundle(bundle), step_kernels=own) as session:
+                    document.setdefault(name, {})[how] = PROBES[name](session)
         except Exception:
             document[name] = {"failed": traceback.format_exc()[-4000:]}
         if json_file is not None:

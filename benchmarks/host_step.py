@@ -2,8 +2,8 @@
 
     python benchmarks/host_step.py --preset llama-3.2-1b --rows 1 --rows 8
 
-Random weights, rounded to bfloat16 for both; PyTorch computes in float32. Takes minutes, a C++ compiler, and 10 GB for the 1B
-model. What it cannot tell: see ``tests/runtime/host_cuda.h``.
+Random weights, rounded to bfloat16 for both; PyTorch computes in float32. The 1B model takes eight minutes, a C++ compiler, and
+16 GB. What it cannot tell: see ``tests/runtime/host_cuda.h``.
 """
 
 import sys

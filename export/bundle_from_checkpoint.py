@@ -122,8 +122,8 @@ def export_bundle(
         target: what the bundle is made for (see ``plan_for``); the canonical graph is in every one.
         engine_options: for targets that are compiled; None: the usual ones.
         quantize_options: for ``int8``, ``int4`` and ``fp8``; None: the usual ones.
-        operators: ``onnxruntime`` writes the steps of ``cuda`` in that runtime's own operators; None: so in half precision, for
-            that target, and ``standard`` elsewhere.
+        operators: ``onnxruntime`` writes the steps of ``cuda`` in that runtime's own operators; None: so in bf16, for that
+            target, and ``standard`` elsewhere.
 
     Raises:
         InputError: for formats of weights that do not exist, or do not fit the model.
@@ -149,8 +149,8 @@ def export_bundle(
         refuse_unverifiable(precision)
     if checkpoint.tokenizer_path is not None:
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
-    if operators is None:  # its attention on a GPU knows no float32
-        operators = "onnxruntime" if target == "cuda" and precision in ("fp16", "bf16") else "standard"
+    if operators is None:  # where they were measured, and proven
+        operators = "onnxruntime" if target == "cuda" and precision == "bf16" else "standard"
     work = _Work(config, precision, quantization, plan_for(target, config, operators), checkpoint, steps)
     with new_folder(out, work.num_bytes(compiled=options is not None), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:

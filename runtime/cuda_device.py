@@ -15,6 +15,7 @@ from motrt.errors import BackendError
 from motrt.runtime.cuda_compiler import CudaModule, compiled
 from motrt.runtime.gpu import Gpu, find_gpus
 
+_OLDEST_COMPILED_FOR = 8
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on allocating
 
 
@@ -129,8 +130,12 @@ class CudaDevice:
         self._call("cudaStreamBeginCapture", _pointer(self.stream), ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:
             work()
-        finally:
-            self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
+        except BaseException:
+            with contextlib.suppress(BackendError):  # the first failure is the one to tell
+                self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
+                self._call("cudaGraphDestroy", graph)
+            raise
+        self._call("cudaStreamEndCapture", _pointer(self.stream), ctypes.byref(graph))
         try:
             self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         finally:
@@ -144,6 +149,11 @@ class CudaDevice:
             BackendError: where they cannot be compiled or loaded.
         """
         major, minor = map(int, self._gpu.compute_capability.split("."))
+        if major < _OLDEST_COMPILED_FOR:
+            raise BackendError(
+                f"the step kernels are for compute capability {_OLDEST_COMPILED_FOR}.0 and newer, and this is {self._gpu}"
+            )
+        self.memory()  # any call of the runtime's: a thread's first call of the driver finds no context otherwise
         return CudaModule(compiled(source, macros, (major, minor)), self.stream, (major, minor))
 
     @property

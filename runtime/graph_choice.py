@@ -68,8 +68,8 @@ def as_contract(graph: Graph, config: ModelConfig, logits: NDArray[np.float32], 
     assert graph.predicts is not None
     whole = empty_contract(config, graph.predicts, len(inputs.logits_index))
     ids = config.id_ranges[graph.predicts]
-    # One token per row: a flat position is a row.
-    whole[:, ids.start : ids.stop] = logits if len(logits) == len(whole) else logits[inputs.logits_index]
+    for row, wanted in zip(inputs.logits_index, whole, strict=True):  # one token per row: a flat position is a row
+        wanted[ids.start : ids.stop] = logits[row]
     return whole
 
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,9 +159,12 @@ class CudaOnnxSession(OnnxSession):
         """Compile the steps of one row; where that fails, steps are onnxruntime's."""
         shared, known = self._shared, {one.name: one for one in parameters(self.config)}
         assert shared is not None
+        owner = weakref.ref(self)  # not the session itself: it holds the kernels that hold this
 
         def address(name: str) -> int:
-            return int(self._weight(weights_file, known[name], shared).value.data_ptr())
+            session = owner()
+            assert session is not None
+            return int(session._weight(weights_file, known[name], shared).value.data_ptr())
 
         try:
             device = self._copier or CudaDevice()
@@ -346,10 +350,22 @@ class CudaOnnxSession(OnnxSession):
             addresses = [int(value.data_ptr()) for value in held.buffers.values]
             caches = list(zip(addresses[::2], addresses[1::2], strict=True))
             try:
-                held.kernels[graph] = self._kernels.capture(graph, rows, caches)
+                held.kernels[graph] = self._captured_once_or_again(graph, rows, caches)
             except BackendError as failure:
                 self._give_up_kernels(failure)
         return held.kernels.get(graph)
+
+    def _captured_once_or_again(self, graph: Graph, rows: int, caches: Sequence[tuple[int, int]]) -> CapturedStep:
+        """A capture; where it fails, once more without the caches that are kept for others: it may have been memory."""
+        assert self._kernels is not None
+        try:
+            return self._kernels.capture(graph, rows, caches)
+        except BackendError:
+            if not any(self._idle.values()):
+                raise
+            for idle in self._idle.values():
+                idle.clear()
+            return self._kernels.capture(graph, rows, caches)
 
     def _step(self, loaded: LoadedGraph, held: Held, inputs: StepInputs) -> RecordedStep:
         """Device memory for what a step takes and gives, bound once; onnxruntime records the pass when it is done again."""
@@ -383,6 +399,7 @@ class CudaOnnxSession(OnnxSession):
         return as_contract(graph, self.config, step.logits.numpy(), inputs)
 
     def release(self) -> None:
+        self._kernels = None
         self._idle.clear()
         self._weights.clear()
         copier = self.__dict__.get("_copier")

@@ -72,7 +72,7 @@ def named(gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
 
     def run(name: str, command: list[str], *others: Any, **more: Any) -> Any:
         names.append(name)
-        failed = name == "full: export, fp16-onnxruntime"
+        failed = name == "full: export, fp16"
         if command[2:4] == ["motrt", "export"] and not failed:
             (tmp_path / command[5]).mkdir()
             (tmp_path / command[5] / "manifest.json").touch()
@@ -95,7 +95,7 @@ def test_every_part_is_run_in_its_order_and_nothing_is_made_twice(
     assert before >= {f"full: export, {kind}" for kind in (*gpu_check.RACED, *gpu_check.PROVEN)} | {"smoke"}
     assert before >= {f"tests, {kind}" for kind in (*gpu_check.TESTED, "planted faults")}
     # What could not be exported is not verified.
-    proven = [kind for kind in gpu_check.PROVEN if kind != "fp16-onnxruntime"]
+    proven = [kind for kind in gpu_check.PROVEN if kind != "fp16"]
     assert {one for one in names[names.index("race") :] if "parity" in one} == {f"full: parity, {kind}" for kind in proven}
 
 

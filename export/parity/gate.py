@@ -323,7 +323,10 @@ def climb_session(
     with expected.taken_by(open_it()) as session:
         own, evidence = _climbed_session(session, expected, steps)
         findings, backend = findings + own, session.backend
-    for name, open_otherwise in (other_ways or {}).items():
+        missing = getattr(session, "no_kernels", "")  # why it ran as it would otherwise, at any time of the climb
+    if other_ways and missing:
+        findings.append(Finding("P4", "the step kernels were examined", Outcome.SKIPPED, f"they did not run here: {missing}"))
+    for name, open_otherwise in (other_ways or {}).items() if not missing else ():
         with expected.taken_by(open_otherwise()) as session:
             own, _ = _climbed_session(session, expected, steps, f", {name}")
             findings += [replace(one, question=f"{one.question}, {name}") for one in own]

@@ -35,7 +35,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=["fp16", "bf16", *(f"{one}-onnxruntime" for one in ("fp16", "bf16", "int8", "int4"))])
+KINDS = [f"{precision}{own}" for precision in ("fp16", "bf16", "int8", "int4") for own in ("", "-onnxruntime")]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def bundle(
     backend: str, request: pytest.FixtureRequest, tiny64_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

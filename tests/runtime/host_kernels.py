@@ -91,6 +91,7 @@ class KernelDevice(HostDevice):
     def __init__(self) -> None:
         super().__init__()
         self.launched: list[tuple[Launch, bool]] = []
+        self.num_finished = 0
 
     def compile(self, source: str, macros: dict[str, str]) -> Any:
         return HostModule(self, source, macros)
@@ -101,7 +102,8 @@ class KernelDevice(HostDevice):
     def zero(self, address: int, num_bytes: int) -> None:
         ctypes.memset(address, 0, num_bytes)
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        self.num_finished += 1
 
 
 def stored(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.export.parity.agreement import agreement_findings, compare, noise_of
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.findings import Outcome
-from motrt.export.parity.gate import ask
+from motrt.export.parity.gate import ask, climb_session
 from motrt.export.parity.generation import generation_findings
 from motrt.export.parity.routing_laws import law_findings
+from motrt.export.steps import Steps
+from motrt.export.verification import subject_of
+from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph, plan_for
 from motrt.model_def.parameters import parameters
@@ -439,6 +443,68 @@ def test_steps_of_own_kernels_say_what_onnxruntimes_say(half_bundle: Path) -> No
                 assert np.linalg.norm(own - expected) <= 0.01 * np.linalg.norm(expected)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_rows_of_logits_come_in_the_order_that_was_asked_for(half_bundle: Path) -> None:
+    for own in (True, False):
+        with with_kernels(half_bundle, step_kernels=own) as session:
+            _, cache = session.prefill([TEXT, TEXT[:3]], "text")
+            ids, mask = np.array([[2], [3]]), np.zeros((2, 1), np.int64)
+            first, second = session.run(StepInputs(ids, mask, cache.lengths.copy(), np.array([0, 1]), mask[:, 0]), cache)
+            for order in ([1, 0], [0, 0], [1]):
+                wanted = np.array(order)
+                got = session.run(StepInputs(ids, mask, cache.lengths.copy(), wanted, mask[: len(order), 0]), cache)
+                np.testing.assert_array_equal(got, np.stack([(first, second)[row] for row in order]))
+            assert bool(cache.buffers.held.kernels) is own
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_step_that_wants_no_logits_is_waited_for(half_bundle: Path) -> None:
+    """The next pass may be onnxruntime's, on another stream."""
+    with with_kernels(half_bundle) as session:
+        cache = session.new_cache(1, TINY64.max_seq_len)
+        before = session.kernel_device.num_finished
+        assert session.prefill_chunk([2], "text", cache, is_last=False).shape == (0, TINY64.vocab_size)
+        assert cache.buffers.held.kernels and session.kernel_device.num_finished == before + 1
+        got = session.prefill_chunk([3, 4], "text", cache)
+        expected, _ = session.prefill([[2, 3, 4]], "text")
+        ours, right = (logits[:, : TINY64.id_ranges[0].stop] for logits in (got, expected))
+        assert np.linalg.norm(ours - right) <= 0.01 * np.linalg.norm(right)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_capture_without_memory_is_tried_again_without_the_caches_of_others(
+    half_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with with_kernels(half_bundle) as session:
+        assert session._kernels is not None
+        capture, failures = session._kernels.capture, iter([BackendError("the GPU has no memory left")])
+
+        def once_without_memory(*arguments: Any) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return capture(*arguments)
+
+        monkeypatch.setattr(session._kernels, "capture", once_without_memory)
+        session.prefill([TEXT], "text")  # given up at once, and kept
+        _, cache = session.prefill([TEXT, TEXT], "text")
+        assert any(session._idle.values())
+        session.decode_step([1, 2], "text", cache)
+        assert session.no_kernels == "" and cache.buffers.held.kernels and not any(session._idle.values())
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_session_that_nobody_holds_is_gone_without_a_collector(half_bundle: Path) -> None:
+    gc.disable()
+    try:
+        session = with_kernels(half_bundle)
+        assert session.no_kernels == ""
+        gone = weakref.ref(session)
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_kernels_that_cannot_be_compiled_are_told_and_onnxruntime_goes_on(
     half_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -451,6 +517,31 @@ def test_kernels_that_cannot_be_compiled_are_told_and_onnxruntime_goes_on(
         _, cache = session.prefill([TEXT], "text")
         session.decode_step([1], "text", cache)
         assert cache.buffers.held.kernels == {} and cache.buffers.held.steps
+
+
+def test_the_gate_says_where_the_kernels_did_not_run_and_climbs_with_others_where_they_did(
+    bundle: Path, tiny_checkpoint: Path
+) -> None:
+    opened_bundle, checkpoint = open_bundle(bundle), open_checkpoint(tiny_checkpoint)
+    for no_kernels in ("no compiler", ""):
+        climbed: list[str] = []
+
+        def otherwise(climbed: list[str] = climbed) -> OnTheHost:
+            climbed.append("otherwise")
+            return opened(bundle)
+
+        def as_usual(no_kernels: str = no_kernels) -> OnTheHost:
+            session = opened(bundle)
+            session.no_kernels = no_kernels
+            return session
+
+        ways = {"others' kernels": otherwise}
+        report = climb_session(as_usual, opened_bundle.config, checkpoint, Steps(), {}, None, subject_of(opened_bundle), ways)
+        told = [one for one in report.findings if one.question == "the step kernels were examined"]
+        assert [one.outcome for one in told] == ([Outcome.SKIPPED] if no_kernels else [])
+        assert len(climbed) == (0 if no_kernels else 1)
+        assert any("others' kernels" in one.question for one in report.findings) is (not no_kernels)
+        assert any(one.rung == "P1" for one in report.findings) and report.verdict is Outcome.PASS
 
 
 def test_kernels_are_not_for_weights_of_codes_or_of_float32(bundle: Path) -> None:
