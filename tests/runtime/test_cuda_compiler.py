@@ -1,6 +1,7 @@
 """CUDA's run-time compiler takes the step kernels as they are, on a machine without a GPU; what is missing is said."""
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,6 @@ def test_it_is_found_where_wheels_put_it_and_its_builtins_are_loaded_first(
         (folder / name).touch()
     loaded: list[str] = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded.append(Path(name).name))
-    monkeypatch.setattr(cuda_compiler.sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     nvrtc()
     assert loaded == ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"]
