@@ -218,16 +218,27 @@ def draw(document: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
+def _read(file: Path, holds: str) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except ValueError as failure:
+        raise click.ClickException(f"{file} is no JSON document ({failure}): name what --json wrote") from None
+    if not isinstance(document, dict) or holds not in document:
+        raise click.ClickException(f"{file} holds no {holds!r}: name what --json of gpu_decode.py or gpu_kernels.py wrote")
+    return document
+
+
 def _draw_again(found: Path, kernels: Path | None, chart: Path | None) -> None:
-    document = json.loads(found.read_text("utf-8"))
+    document = _read(found, "cases")
     click.echo(table_of(document))
     if kernels is not None:
-        document = with_step_kernels(document, json.loads(kernels.read_text("utf-8")))
+        document = with_step_kernels(document, _read(kernels, "runs"))
     if chart is not None:
         draw(document, chart)
 
 
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command()
@@ -238,8 +249,8 @@ PATH = click.Path(path_type=Path)
 @click.option("--seconds", type=float, default=240.0, show_default=True, help="Most for one group of contenders.")
 @click.option("--json", "json_file", type=PATH)
 @click.option("--chart", type=PATH)
-@click.option("--found", type=PATH, help="Draw what was found before, and measure nothing.")
-@click.option("--kernels", type=PATH, help="What gpu_kernels.py found, to be drawn beside it.")
+@click.option("--found", type=FILE, help="Draw what was found before, and measure nothing.")
+@click.option("--kernels", type=FILE, help="What gpu_kernels.py found, to be drawn beside it.")
 def main(
     model: Path | None,
     bundles: tuple[Path, ...],

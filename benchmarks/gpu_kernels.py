@@ -21,7 +21,7 @@ import torch
 
 from motrt.benchmarks.document import leave, machine
 from motrt.benchmarks.gpu_contender import Clock, measure_bandwidth, profiled, spread
-from motrt.model_def.config import ModelConfig
+from motrt.model_def.config import PRESETS, ModelConfig
 from motrt.model_def.graph import Graph, plan_for
 from motrt.model_def.parameters import num_parameters_read, parameters
 from motrt.runtime.cuda_compiler import CudaModule, compiled
@@ -49,11 +49,13 @@ class Compiled(CudaDevice):
     code: dict[tuple[tuple[str, str], ...], bytes]
 
     def compile(self, source: str, macros: dict[str, str]) -> CudaModule:
-        major, minor = map(int, self._gpu.compute_capability.split("."))
-        key = tuple(macros.items())
-        if key not in self.code:
-            self.code[key] = compiled(source, macros, (major, minor))
-        return CudaModule(self.code[key], self.stream, (major, minor))
+        return self.load(self.code[tuple(macros.items())])
+
+    def compile_all(self, shapes: list[StepShape]) -> None:
+        source = SOURCE.read_text("utf-8")
+        with ThreadPoolExecutor(16) as pool:
+            made = pool.map(lambda shape: compiled(source, shape.macros, self.capability), shapes)
+            self.code = {tuple(shape.macros.items()): code for shape, code in zip(shapes, made, strict=True)}
 
 
 class Bench:
@@ -61,7 +63,6 @@ class Bench:
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         self.config, self.rows, self.device = config, rows, Compiled()
-        self.device.code = {}
         torch.manual_seed(0)
         made: Callable[..., Any] = lambda *shape, scale: (torch.randn(*shape, device="cuda") * scale).bfloat16()  # noqa: E731
         self.weights = {one.name: made(*one.shape, scale=one.shape[-1] ** -0.5) for one in parameters(config)}
@@ -78,12 +79,7 @@ class Bench:
             for cut in cuts
             for modality in range(len(self.config.modalities))
         ]
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda shape: self._compile(shape.macros), shapes))
-
-    def _compile(self, macros: dict[str, str]) -> None:
-        major, minor = map(int, self.device._gpu.compute_capability.split("."))
-        self.device.code[tuple(macros.items())] = compiled(SOURCE.read_text(), macros, (major, minor))
+        self.device.compile_all(shapes)
 
     def step(self, graph: Graph, cut: Tuning, clock: Clock) -> Callable[[], Any]:
         kernels = StepKernels(self.config, "bfloat16", self.device, lambda name: int(self.weights[name].data_ptr()), cut)
@@ -158,12 +154,14 @@ def _timed(bench: Bench, graph: Graph, cut: Tuning, clock: Clock, right: dict[st
 
 
 @click.command()
-@click.option("--preset", default="llama-3.2-1b", show_default=True)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="llama-3.2-1b", show_default=True)
 @click.option("--rows", multiple=True, type=click.IntRange(1, 8), default=(1, 2, 4, 8), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(preset: str, rows: tuple[int, ...], json_file: Path | None) -> None:
     """Time every cut; one JSON document last."""
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    if not torch.cuda.is_available():
+        raise click.ClickException("this measures a GPU, and PyTorch finds none here")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # torch's profiler beside CUDA graphs
     config = ModelConfig.preset(preset).replace(max_seq_len=1024)
     document: dict[str, Any] = {"machine": machine("motrt", "torch"), "keys": NUM_KEYS, "runs": []}
     document["bandwidth_bytes_per_s"] = measure_bandwidth(torch.device("cuda"))

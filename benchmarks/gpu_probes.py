@@ -19,6 +19,8 @@ import click
 import numpy as np
 
 from motrt.benchmarks.document import leave, machine
+from motrt.errors import MotrtError
+from motrt.runtime.backends import probe
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.cuda_device import CudaDevice
 from motrt.runtime.load import cuda_session
@@ -144,11 +146,17 @@ PROBES: dict[str, Callable[[Any], dict[str, Any]]] = {
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(bundle: Path, only: str | None, json_file: Path | None) -> None:
     """Every probe in a session of its own; one JSON document last. Exits with 1 where one failed."""
+    if reason := probe("cuda").reason:
+        raise click.ClickException(f"this asks a GPU, and onnxruntime cannot run on one here: {reason}")
+    try:
+        opened = open_bundle(bundle)
+    except MotrtError as failure:
+        raise click.ClickException(str(failure)) from None
     document: dict[str, Any] = {"machine": machine("motrt", "onnxruntime-gpu")}
     for name in (only,) if only else PROBES:
         try:
             for how, own in (("own kernels", True), ("onnxruntime's kernels", False)):
-                with cuda_session(open_bundle(bundle), step_kernels=own) as session:
+                with cuda_session(opened, step_kernels=own) as session:
                     document.setdefault(name, {})[how] = PROBES[name](session)
         except Exception:
             document[name] = {"failed": traceback.format_exc()[-4000:]}

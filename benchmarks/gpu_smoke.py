@@ -159,6 +159,8 @@ PATH = click.Path(path_type=Path)
 @click.option("--json", "json_file", type=PATH)
 def main(model: Path, bundles: tuple[Path, ...], json_file: Path | None) -> None:
     """Look; one JSON document last. Exits with 1 where onnxruntime cannot compute on the GPU."""
+    if (gpus := find_gpus()).first is None:
+        raise click.ClickException(f"this looks at a GPU, and there is none: {gpus.reason}")
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # torch's profiler beside CUDA graphs
 
     def keep(document: dict[str, Any]) -> None:
@@ -168,7 +170,8 @@ def main(model: Path, bundles: tuple[Path, ...], json_file: Path | None) -> None
     document = json.loads(json.dumps(smoke(model, bundles, keep), default=str))
     leave(document, json_file)
     if not document["known_product"].get("usable"):
-        raise click.ClickException(f"onnxruntime cannot compute on the GPU: {document['known_product']}")
+        reason = document["known_product"].get("reason", "see known_product")
+        raise click.ClickException(f"onnxruntime cannot compute on the GPU: {reason}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from motrt.export.parity.failing_part import FAILING_PART, PART_FILE
 from motrt.export.parity.findings import Report
 from motrt.export.parity.gate import Extras, Subject, climb, climb_session
 from motrt.export.parity.token_file import read_token_file
-from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.report_page import check_writable, write_report
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
@@ -124,12 +123,6 @@ def _circumstances(bundle: Bundle) -> dict[str, Any]:
         "environment": installed_versions(),
         "made_with": dict(bundle.manifest.versions),
     }
-
-
-def quantized_weights_of(bundle: Bundle) -> QuantizedWeights | None:
-    """What a bundle's graphs hold in the place of the checkpoint's weights; None where they hold those."""
-    quantization = bundle.manifest.quantization
-    return None if quantization is None else QuantizedWeights(bundle.model_path, bundle.config, quantization)
 
 
 def refuse_unverifiable(precision: str) -> None:

@@ -15,7 +15,7 @@ from motrt.errors import BackendError
 from motrt.runtime.cuda_compiler import CudaModule, compiled
 from motrt.runtime.gpu import Gpu, find_gpus
 
-_OLDEST_COMPILED_FOR = 8
+_OLDEST_COMPILED_FOR = (8, 0)
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on allocating
 
 
@@ -148,13 +148,24 @@ class CudaDevice:
         Raises:
             BackendError: where they cannot be compiled or loaded.
         """
-        major, minor = map(int, self._gpu.compute_capability.split("."))
-        if major < _OLDEST_COMPILED_FOR:
-            raise BackendError(
-                f"the step kernels are for compute capability {_OLDEST_COMPILED_FOR}.0 and newer, and this is {self._gpu}"
-            )
+        if self.capability < _OLDEST_COMPILED_FOR:
+            raise BackendError(f"the step kernels are for compute capability 8.0 and newer, and this is {self._gpu}")
+        return self.load(compiled(source, macros, self.capability))
+
+    def load(self, code: bytes) -> CudaModule:
+        """Kernels of machine code for this GPU.
+
+        Raises:
+            BackendError: where the driver does not take it.
+        """
         self.memory()  # any call of the runtime's: a thread's first call of the driver finds no context otherwise
-        return CudaModule(compiled(source, macros, (major, minor)), self.stream, (major, minor))
+        return CudaModule(code, self.stream, self.capability)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The GPU's compute capability."""
+        major, minor = map(int, self._gpu.compute_capability.split("."))
+        return major, minor
 
     @property
     def num_multiprocessors(self) -> int:

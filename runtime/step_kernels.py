@@ -177,7 +177,8 @@ class StepShape:
             "INNER": expert.width if isinstance(expert, AdapterExpert) else 0,
         }
         numbers = {"NORM_EPS": config.norm_eps, "SOFTMAX_SCALE": config.head_size**-0.5}
-        return {name: str(size) for name, size in sizes.items()} | {name: f"{value!r}f" for name, value in numbers.items()}
+        literals = {name: f"{float(value)!r}f" for name, value in numbers.items()}
+        return {name: str(size) for name, size in sizes.items()} | literals
 
     @property
     def workspace(self) -> dict[str, int]:
@@ -289,11 +290,12 @@ def rotary_tables(config: ModelConfig, dtype: str) -> tuple[NDArray[Any], NDArra
     """Cosines and sines [t, d/2] as stored: bit patterns of bfloat16, or float16; computed in float64, rounded once."""
     frequencies = np.array(rope_frequencies(config.rope, config.head_size))
     angles = np.arange(config.max_seq_len, dtype=np.float64)[:, None] * frequencies
-    cosines, sines = (_stored(values, dtype) for values in (np.cos(angles), np.sin(angles)))
+    cosines, sines = (as_stored(values, dtype) for values in (np.cos(angles), np.sin(angles)))
     return cosines, sines
 
 
-def _stored(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+def as_stored(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Numbers as a device holds them: bit patterns of bfloat16, which numpy does not know, or float16."""
     if dtype == "float16":
         return values.astype(np.float16)
     bits = values.astype(np.float32).view(np.uint32)

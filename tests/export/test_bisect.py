@@ -16,7 +16,7 @@ from motrt.export.parity.calibration import Calibration, expected_difference
 from motrt.export.parity.part_values import LOGITS, first_without_numbers, parts, record
 from motrt.export.parity.quantization_loss import decoder_of_codes
 from motrt.export.steps import Steps
-from motrt.export.verification import quantized_weights_of
+from motrt.export.verification import subject_of
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.runtime.bundle import Bundle, open_bundle
@@ -40,7 +40,7 @@ def asked(bundle: Bundle, decoder: Decoder, model_file: Path | None = None, fold
 
 
 def reference(bundle: Bundle, checkpoint: Path) -> Decoder:
-    weights = quantized_weights_of(bundle)
+    weights = subject_of(bundle).weights()
     return torch_session(checkpoint, "fp64").decoder if weights is None else decoder_of_codes(bundle.config, weights, "fp64")
 
 

@@ -4,14 +4,24 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from motrt.model_def.checkpoint.container import TORCH_DTYPES
+from motrt.model_def.config import ModelConfig
+from motrt.model_def.decoder import Decoder
+from motrt.model_def.graph import plan_for
+from motrt.model_def.initialize import random_tensors
+from motrt.model_def.parameters import parameters
 from motrt.runtime import step_kernels
-from motrt.runtime.step_kernels import Launch
+from motrt.runtime.step_inputs import StepInputs
+from motrt.runtime.step_kernels import CapturedStep, Launch, StepKernels, as_stored
+from motrt.runtime.torch_session import TorchSession
 from motrt.tests.runtime.fake_tensorrt import HostDevice
 
 HEADER = Path(__file__).with_name("host_cuda.h")
@@ -28,7 +38,12 @@ FAULTY_LINES = {
     "the newest key not seen": ("int(positions[b]) + 1", "int(positions[b])"),
     "the residual dropped": ("= before + sums[0]", "= sums[0]"),
     "SiLU for GELU": ("IS_GELU ? gelu(value)", "IS_GELU ? silu(value)"),
-    "one part of the keys left out": ("for (int w = 0; w < WARPS; ++w) {", "for (int w = 1; w < WARPS; ++w) {"),
+    "one part of the keys left out where parts are put together": (
+        "totals[s] = s < num_splits",
+        "totals[s] = s + 1 < num_splits",
+    ),
+    "what a block counted is left for the next layer": ("counters[b * KV_HEADS + head] = 0;", ";"),
+    "one warp's keys left out": ("for (int w = 0; w < WARPS; ++w) {", "for (int w = 1; w < WARPS; ++w) {"),
 }
 
 
@@ -106,9 +121,60 @@ class KernelDevice(HostDevice):
         self.num_finished += 1
 
 
-def stored(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """As a device holds them: bit patterns of bfloat16, or float16."""
-    if dtype == "float16":
-        return np.ascontiguousarray(values, np.float16)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+class Conversation:
+    """Rows whose caches the PyTorch decoder filled, and the same in a device's memory for the kernels.
+
+    Args:
+        config: the model's.
+        dtype: of the kernels' weights and cache; PyTorch computes in float32, over weights rounded to it.
+        rows: of the batch, one prompt longer than the other.
+        modality: of every token.
+        read: gives a weight by its name; None: random ones.
+        shortest: tokens of the first prompt.
+        num_multiprocessors: of the device: how many parts of the keys attention can take.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        rows: int,
+        modality: int,
+        read: Callable[[str], torch.Tensor] | None = None,
+        shortest: int = 7,
+        num_multiprocessors: int = 2,
+    ) -> None:
+        self.config, self.modality, self.name = config, modality, config.modality_names[modality]
+        self.device = KernelDevice()
+        self.device.num_multiprocessors = num_multiprocessors
+        found = random_tensors(config, 0) if read is None else ((one.name, read(one.name)) for one in parameters(config))
+        tensors = {name: value.to(TORCH_DTYPES[dtype]).float() for name, value in found}
+        self.reference = TorchSession(Decoder.from_tensors(config, tensors.__getitem__, torch.float32))
+        self._held = {name: as_stored(value.numpy(), dtype) for name, value in tensors.items()}
+        self.kernels = StepKernels(config, dtype, self.device, lambda name: int(self._held[name].ctypes.data))
+        self._ids = config.id_ranges[modality]
+        prompts = [[self._ids[(3 * row + 5 * at) % len(self._ids)] for at in range(shortest + 9 * row)] for row in range(rows)]
+        _, self.cache = self.reference.prefill(prompts, self.name)
+        self.reference.reserve(self.cache, config.max_seq_len)
+        self.caches = [as_stored(one.numpy(), dtype) for pair in self.cache.buffers for one in pair]
+
+    def capture(self, predicts: int) -> CapturedStep:
+        addresses = [one.ctypes.data for one in self.caches]
+        graphs = plan_for("cuda", self.config)
+        graph = next(one for one in graphs if (one.tokens, one.predicts) == (self.modality, predicts))
+        return self.kernels.capture(graph, len(self.cache.lengths), list(zip(addresses[::2], addresses[1::2], strict=True)))
+
+    def step(self, captured: CapturedStep, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The same tokens through kernels and PyTorch: logits [b, v] of each."""
+        rows = range(len(self.cache.lengths))
+        ids = [self._ids[(11 * row + 13 * number) % len(self._ids)] for row in rows]
+        fed: list[Any] = [[[one] for one in ids], [], self.cache.lengths.copy(), rows, []]
+        got = self.kernels.run(captured, StepInputs(*map(np.array, fed)))
+        return got, self.reference.decode_step(ids, self.config.modality_names[captured.predicts], self.cache)
+
+    def errors(self, captured: CapturedStep, number: int) -> tuple[list[float], int]:
+        """Relative L2 of each row over the ids that it may yield, and in how many rows the best id is the same."""
+        ids = self.config.id_ranges[captured.predicts]
+        got, expected = (logits[:, ids.start : ids.stop] for logits in self.step(captured, number))
+        errors = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        return errors.tolist(), int((got.argmax(1) == expected.argmax(1)).sum())

@@ -2,32 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from motrt.model_def.config import AdapterExpert, Modality, ModelConfig, RopeConfig, SwigluExpert
-from motrt.model_def.decoder import Decoder
-from motrt.model_def.graph import Graph, plan_for
-from motrt.model_def.initialize import random_tensors
 from motrt.model_def.operators import rope_tables
 from motrt.model_def.parameters import parameters
 from motrt.runtime import step_kernels
-from motrt.runtime.step_inputs import StepInputs
 from motrt.runtime.step_kernels import (
     MAX_ROWS,
     Addresses,
-    StepKernels,
     StepShape,
     launches,
     max_rows,
     rotary_tables,
     why_not,
 )
-from motrt.runtime.torch_session import TorchSession
-from motrt.tests.runtime.host_kernels import COMPILER, FAULTY_LINES, FAULTY_MACROS, KernelDevice, faulty_source, stored
+from motrt.tests.runtime.host_kernels import COMPILER, FAULTY_LINES, FAULTY_MACROS, Conversation, faulty_source
 
 TINY64 = ModelConfig.preset("tiny64")
 TINY = ModelConfig.tiny()
@@ -41,34 +34,8 @@ CONFIGS = {
     "keys of every head": TINY.replace(num_kv_heads=TINY.num_heads, head="shared"),
 }
 NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LIMITS = {"bfloat16": 0.02, "float16": 0.004}
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-
-class Conversation:
-    """Rows whose caches the PyTorch decoder filled, and the same in a device's memory for the kernels."""
-
-    def __init__(self, config: ModelConfig, dtype: str, rows: int, modality: int) -> None:
-        self.config, self.dtype, self.device = config, dtype, KernelDevice()
-        tensors = {name: value.to(NAMES[dtype]).float() for name, value in random_tensors(config, 0)}
-        self.reference = TorchSession(Decoder.from_tensors(config, tensors.__getitem__, torch.float32))
-        self.held = [stored(tensors[one.name].numpy(), dtype) for one in parameters(config)]
-        places = {one.name: held.ctypes.data for one, held in zip(parameters(config), self.held, strict=True)}
-        self.kernels = StepKernels(config, dtype, self.device, places.__getitem__)
-        ids = config.id_ranges[modality]
-        self.name = config.modality_names[modality]
-        prompts = [[ids[(3 * row + 5 * place) % len(ids)] for place in range(7 + 9 * row)] for row in range(rows)]
-        _, self.cache = self.reference.prefill(prompts, self.name)
-        self.reference.reserve(self.cache, config.max_seq_len)
-        self.caches = [stored(one.numpy(), dtype) for pair in self.cache.buffers for one in pair]
-
-    def capture(self, graph: Graph) -> Any:
-        addresses = [one.ctypes.data for one in self.caches]
-        pairs = list(zip(addresses[::2], addresses[1::2], strict=True))
-        return self.kernels.capture(graph, len(self.cache.lengths), pairs)
-
-
-def step_of(config: ModelConfig, tokens: int, predicts: int) -> Graph:
-    return next(one for one in plan_for("cuda", config) if (one.tokens, one.predicts) == (tokens, predicts))
 
 
 @needs_compiler
@@ -79,23 +46,15 @@ def step_of(config: ModelConfig, tokens: int, predicts: int) -> Graph:
 @pytest.mark.parametrize("modality", [0, 1])
 def test_steps_are_the_decoders(name: str, rows: int, modality: int, dtype: str) -> None:
     """Step after step over one capture, rows at different positions, the change-over with them."""
-    config = CONFIGS[name]
-    talk = Conversation(config, dtype, rows, modality)
-    ids = config.id_ranges[modality]
-    steps = {there: talk.capture(step_of(config, modality, there)) for there in (0, 1)}
+    talk = Conversation(CONFIGS[name], dtype, rows, modality)
+    captured = {there: talk.capture(there) for there in (modality, 1 - modality)}
     before, starts = [one.copy() for one in talk.caches], talk.cache.lengths.copy()
-    limit = 0.02 if dtype == "bfloat16" else 0.004
-    for number in range(3):
-        there = modality if number < 2 else 1 - modality
-        tokens = [ids[(11 * row + 13 * number) % len(ids)] for row in range(rows)]
-        taken = StepInputs(
-            *(np.array(one) for one in ([[one] for one in tokens], [], talk.cache.lengths.copy(), range(rows), []))
-        )
-        got = talk.kernels.run(steps[there], taken)
-        expected = talk.reference.decode_step(tokens, config.modality_names[there], talk.cache)
-        wanted = config.id_ranges[there]
+    limit = LIMITS[dtype]
+    for number, there in enumerate((modality, modality, 1 - modality)):
+        ids = CONFIGS[name].id_ranges[there]
+        got, expected = talk.step(captured[there], number)
         np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
-        for one, right in zip(*(logits[:, wanted.start : wanted.stop] for logits in (got, expected)), strict=True):
+        for one, right in zip(*(logits[:, ids.start : ids.stop] for logits in (got, expected)), strict=True):
             assert np.linalg.norm(one - right) <= limit * np.linalg.norm(right)
     for got, was, right in zip(talk.caches, before, (one for pair in talk.cache.buffers for one in pair), strict=True):
         kept = torch.from_numpy(got).view(NAMES[dtype]).float().numpy()
@@ -106,21 +65,31 @@ def test_steps_are_the_decoders(name: str, rows: int, modality: int, dtype: str)
         np.testing.assert_array_equal(got, was)  # nothing else was written
 
 
-def _worst_error(talk: Conversation, modality: int) -> float:
-    ids, worst = talk.config.id_ranges[modality], 0.0
-    step = talk.capture(step_of(talk.config, modality, modality))
-    for token in (ids[5], ids[9]):
-        taken = StepInputs(*(np.array(one) for one in ([[token]], [], talk.cache.lengths.copy(), [0], [])))
-        (got,) = talk.kernels.run(step, taken)
-        (expected,) = talk.reference.decode_step([token], talk.name, talk.cache)
-        own, right = got[ids.start : ids.stop], expected[ids.start : ids.stop]
-        worst = max(worst, float(np.linalg.norm(own - right) / np.linalg.norm(right)))
-    return worst
+# Keys of one block, of several blocks that share a row, and of the parts' last ones alone.
+LENGTHS = (7, 32, 33, 150, 239)
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_is_the_same_however_many_blocks_share_the_keys(length: int) -> None:
+    """Steps that each see one key more, two rows of different lengths beside each other."""
+    talk = Conversation(TINY64, "float16", 2, 0, shortest=length, num_multiprocessors=8)
+    assert StepShape(TINY64, "float16", 0, 2, 8).splits == 8
+    captured = talk.capture(0)
+    for number in range(3):
+        errors, _ = talk.errors(captured, number)
+        assert max(errors) <= LIMITS["float16"]
+
+
+def _worst_error(length: int = 150) -> float:
+    talk = Conversation(TINY64, "float16", 1, 1, shortest=length, num_multiprocessors=8)
+    captured = talk.capture(1)
+    return max(talk.errors(captured, number)[0][0] for number in range(2))
 
 
 @needs_compiler
 def test_nothing_is_seen_where_there_is_no_fault() -> None:
-    assert _worst_error(Conversation(TINY64, "float16", 1, 1), 1) < 0.004
+    assert _worst_error() < LIMITS["float16"]
 
 
 @needs_compiler
@@ -132,13 +101,13 @@ def test_a_fault_in_them_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.
     else:
         (tmp_path / "kernels.cu").write_text(faulty_source(name))
         monkeypatch.setattr(step_kernels, "SOURCE", tmp_path / "kernels.cu")
-    assert _worst_error(Conversation(TINY64, "float16", 1, 1), 1) > 0.02
+    assert _worst_error(7 if name == "the newest key not seen" else 150) > 2 * LIMITS["float16"]
 
 
 @needs_compiler
 def test_every_kernel_but_the_first_waits_for_the_one_ahead() -> None:
     talk = Conversation(TINY64, "bfloat16", 1, 0)
-    talk.capture(step_of(TINY64, 0, 0))
+    talk.capture(0)
     assert [waits for _, waits in talk.device.launched] == [False] + [True] * (len(talk.device.launched) - 1)
 
 
