@@ -167,15 +167,29 @@ def say(sentence: str) -> None:
 
 @main.command()
 @out_argument
-@click.option("--mot", type=click.Path(path_type=Path), help="Mixture-of-Transformers training state (.pt, .pth).")
+@click.option(
+    "--mot", type=click.Path(path_type=Path), help="Mixture-of-Transformers state: .pt, .pth, .safetensors, DCP folder."
+)
 @click.option("--params", type=click.Path(path_type=Path), help="The state's params.json; its vocab_size is the text's.")
 @click.option("--llama", type=click.Path(path_type=Path), help="Llama folder, Meta's or Hugging Face's.")
+@click.option(
+    "--lora", type=click.Path(path_type=Path), help="PEFT folder of a LoRA adapter, merged into --llama (Hugging Face's)."
+)
 @click.option("--musicgen", type=click.Path(path_type=Path), help="Hugging Face MusicGen folder: the audio expert.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file, laid over the assembled model.")
 @click.option("--native", type=click.Path(path_type=Path), help="Native checkpoint, to change its head or dtype.")
 @click.option("--head", type=click.Choice(["split", "shared"]), help="Head to give the result, exactly.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Stored dtype; the narrowest exact one where not said.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of projections that no source brings.")
+@click.option(
+    "--rope-theta", type=float, help="Base of RoPE, where a configuration does not give it (Llama 2: 10000, 3: 500000)."
+)
+@click.option("--rope-factor", type=float, help="Factor of RoPE scaling, where it is not given (Llama 3.1, 3.3: 8; 3.2: 32).")
+@click.option(
+    "--rope-scaling/--no-rope-scaling",
+    default=None,
+    help="Whether RoPE is scaled.  [default: as the Llama's configuration says; not for a --mot state]",
+)
 @json_option
 @mends
 def convert(
@@ -183,32 +197,40 @@ def convert(
     mot: Path | None,
     params: Path | None,
     llama: Path | None,
+    lora: Path | None,
     musicgen: Path | None,
     adapter: Path | None,
     native: Path | None,
     head: Any,
     dtype: str | None,
     seed: int,
+    rope_theta: float | None,
+    rope_factor: float | None,
+    rope_scaling: bool | None,
     as_json: bool,
 ) -> None:
     """Assemble the native checkpoint OUT from checkpoints in other formats.
 
-    Give one of --mot (with --params), --llama (with --musicgen and --adapter where there are), or --native.
+    Give one of --mot (with --params), --llama (with --lora, --musicgen and --adapter where there are), or --native.
     """
     if sum(source is not None for source in (mot, llama, native)) != 1:
         raise click.UsageError("give one of --mot, --llama or --native")
     if (mot is None) != (params is None):
         raise click.UsageError("--mot and --params belong together: the state does not say its own sizes")
-    if llama is None and (musicgen or adapter):
-        raise click.UsageError("--musicgen and --adapter are laid over --llama")
+    if llama is None and (musicgen or adapter or lora):
+        raise click.UsageError("--lora, --musicgen and --adapter are laid over --llama")
+    if native is not None and (rope_theta, rope_factor, rope_scaling) != (None, None, None):
+        raise click.UsageError("a native checkpoint's RoPE is in its config.json: --rope-... are for --mot and --llama")
     needs_export_packages()
     from motrt.export.report import accounting_tables
     from motrt.model_def.checkpoint.assemble import convert_llama, convert_mot, convert_native
+    from motrt.model_def.checkpoint.rope import RopeChoices
 
+    rope = RopeChoices(rope_theta, rope_factor, rope_scaling)
     if mot is not None and params is not None:
-        assembly = convert_mot(mot, params, head)
+        assembly = convert_mot(mot, params, head, rope)
     elif llama is not None:
-        assembly = convert_llama(llama, musicgen, adapter, head, seed)
+        assembly = convert_llama(llama, musicgen, adapter, head, seed, rope, lora)
     else:
         assembly = convert_native(native or Path(), head)
     accounting = assembly.accounting.to_dict()

@@ -5,14 +5,18 @@ audio rows alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from motrt.errors import CheckpointError
 from motrt.model_def.checkpoint import mot
 from motrt.model_def.checkpoint.name_table import NameTable
-from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping, with_neighbours
+from motrt.model_def.checkpoint.pickle_file import load_pickle
+from motrt.model_def.checkpoint.raw_state import RawState, state_from_mapping
+from motrt.model_def.checkpoint.training_state import without_prefix
 from motrt.model_def.config import RopeConfig
 
 STATE_KEY = "adapter_state_dict"
@@ -62,7 +66,9 @@ def open_adapter(path: Path) -> Adapter:
     if not isinstance(loaded, Mapping) or STATE_KEY not in loaded:
         raise CheckpointError(f"{path} is no adapter file: expected a mapping with {STATE_KEY!r} in it")
     raw = state_from_mapping(path.name, loaded[STATE_KEY], f"{path}, {STATE_KEY}")
-    return Adapter(with_neighbours(raw, loaded, STATE_KEY), f"{path.name}: {_told(loaded, 'step')}, {_told(loaded, 'loss')}")
+    beside = {str(name): f"beside {STATE_KEY}, no weight of the model" for name in loaded if name != STATE_KEY}
+    raw = without_prefix(replace(raw, others={**beside, **raw.others}), lambda name: native_name(name) is not None)
+    return Adapter(raw, f"{path.name}: {_told(loaded, 'step')}, {_told(loaded, 'loss')}")
 
 
 def refuse_other_rotation(adapter: Adapter, rope: RopeConfig) -> None:
@@ -80,6 +86,16 @@ def refuse_other_rotation(adapter: Adapter, rope: RopeConfig) -> None:
         )
 
 
+def rope_note(is_scaled: bool) -> str:
+    """Return the sentence that says with which RoPE an adapter is taken to have been trained."""
+    if is_scaled:
+        return (
+            "the adapter is taken to be trained with scaled RoPE, as the base is; the public Mixture-of-Transformers code "
+            "never scales, whatever params.json says: convert what it trained with --no-rope-scaling"
+        )
+    return "the adapter is taken to be trained with RoPE that is not scaled, as the public Mixture-of-Transformers code trains"
+
+
 def _told(loaded: Mapping[str, Any], name: str) -> str:
     value = loaded.get(name)
-    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} not told"
+    return f"{name} {float(value):g}" if isinstance(value, int | float | np.number) else f"{name} not told"

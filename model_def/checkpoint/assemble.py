@@ -1,7 +1,8 @@
 """Foreign checkpoints become one native model: which sources are laid over which, and what stands in for what none has.
 
 ``convert_mot`` reads one training state. ``convert_llama`` builds the routed model from parts: the adapter file prevails, then
-MusicGen's feed-forward, then the Llama base. What is left over is decided here, and always reported:
+MusicGen's feed-forward, then the Llama base, into which a LoRA adapter may have been merged.
+What is left over is decided here, and always reported:
 
 - audio attention that no adapter brings is a *copy* of the text attention;
 - biases that MusicGen does not have are zero; projections that nothing brings are random (well scaled, seeded);
@@ -12,7 +13,7 @@ Nothing is read until it is asked for, one tensor at a time. The formats' names 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +25,26 @@ from motrt.model_def.checkpoint import mot, musicgen
 from motrt.model_def.checkpoint.accounting import Accounting, KeyRow
 from motrt.model_def.checkpoint.adapter import Adapter, open_adapter
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
-from motrt.model_def.checkpoint.llama import LlamaBase, open_base
+from motrt.model_def.checkpoint.llama import LlamaBase, open_base, tokenizer_beside, tokenizer_notes
+from motrt.model_def.checkpoint.lora import merge_lora
 from motrt.model_def.checkpoint.musicgen import MusicGen, open_musicgen
-from motrt.model_def.checkpoint.name_table import AUDIO, TEXT
+from motrt.model_def.checkpoint.name_table import AUDIO, COMPUTED, TEXT
 from motrt.model_def.checkpoint.native import SHARD_BYTES, Progress, open_checkpoint, write_checkpoint
 from motrt.model_def.checkpoint.params_json import read_params
 from motrt.model_def.checkpoint.placement import Placement, Target
 from motrt.model_def.checkpoint.raw_state import RawState
+from motrt.model_def.checkpoint.rope import RopeChoices
 from motrt.model_def.checkpoint.sizes import Shapes, expert_of
-from motrt.model_def.config import ENCODEC_CODES, AdapterExpert, Expert, HeadKind, Modality, ModelConfig, SwigluExpert
+from motrt.model_def.config import (
+    ENCODEC_CODES,
+    AdapterExpert,
+    Expert,
+    HeadKind,
+    Modality,
+    ModelConfig,
+    SwigluExpert,
+    rope_frequencies,
+)
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.initialize import random_tensor
 from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, parameters, split_head
@@ -79,30 +91,33 @@ class Assembly:
         write_checkpoint(out, self.config, self.tensors(), dtype or self.dtype, self.tokenizer, shard_bytes, progress)
 
 
-def convert_mot(state: str | Path, params: str | Path, head: HeadKind | None = None) -> Assembly:
+def convert_mot(
+    state: str | Path, params: str | Path, head: HeadKind | None = None, rope: RopeChoices | None = None
+) -> Assembly:
     """A Mixture-of-Transformers training state as a native model.
 
     Args:
-        state: the ``.pt`` or ``.pth`` file.
+        state: the ``.pt``, ``.pth`` or ``.safetensors`` file, or the folder of a distributed checkpoint.
         params: its ``params.json``, whose ``vocab_size`` is the text vocabulary.
         head: the head to give the result; the state's own where None.
+        rope: what the person who converts says of RoPE.
 
     Raises:
         CheckpointError: when a file is missing, damaged, foreign, or would run code.
-        ConfigError: when ``params`` contradicts the weights.
+        ConfigError: when ``params`` contradicts the weights or ``rope``.
     """
-    sizes = read_params(Path(params))
+    sizes = read_params(Path(params), rope or RopeChoices(), "mot")
     raw = mot.open_state(Path(state))
     config = mot.config_of(sizes, raw)
     placement = Placement({parameter.name: parameter.shape for parameter in parameters(config)})
     for key in raw.tensors:
-        _put_or_note(placement, raw, key, mot.TABLE.native(key), mot.TABLE.reason_to_ignore(key))
+        _put_or_note(placement, raw, key, mot.TABLE.native(key), mot.TABLE.reason_to_ignore(key), config)
     placement.note_others(raw)
-    placement.finish(raw.source, mot.TABLE.foreign)
-    beside = Path(params).parent / "tokenizer.json"
-    accounting = Accounting(tuple(placement.rows), (_rope_note(config),))
+    placement.finish(lambda name: (raw.source, mot.TABLE.foreign(name)))
+    beside = Path(params).parent
+    notes = (*sizes.rope.described(), *raw.notes, *tokenizer_notes(beside))
     new_config, read = with_head(config, lambda name: placement.origins[name].read(), head or config.head)
-    return Assembly(new_config, placement.dtype(), accounting, beside if beside.is_file() else None, read)
+    return Assembly(new_config, placement.dtype(), Accounting(tuple(placement.rows), notes), tokenizer_beside(beside), read)
 
 
 def convert_llama(
@@ -111,6 +126,8 @@ def convert_llama(
     adapter: str | Path | None = None,
     head: HeadKind | None = None,
     seed: int = 0,
+    rope: RopeChoices | None = None,
+    lora: str | Path | None = None,
 ) -> Assembly:
     """A native model from a Llama folder, alone or with an audio expert.
 
@@ -120,16 +137,20 @@ def convert_llama(
         adapter: an adapter file; prevails over both, and may give the audio expert alone.
         head: the head to give the result; ``split`` with audio, ``shared`` for text alone, where None.
         seed: of the projections that nothing brings.
+        rope: what the person who converts says of RoPE.
+        lora: a PEFT folder of a LoRA adapter, merged into the Llama.
 
     Raises:
         CheckpointError: when a file is missing, damaged, foreign, or would run code.
-        ConfigError: when a configuration contradicts the weights.
+        ConfigError: when a configuration contradicts the weights or ``rope``.
     """
-    base = open_base(Path(llama))
+    base = open_base(Path(llama), rope)
+    if lora is not None:
+        base = merge_lora(base, Path(lora))
     music = open_musicgen(Path(musicgen)) if musicgen is not None else None
     extra = open_adapter(Path(adapter)) if adapter is not None else None
     if extra is not None:
-        adapter_file.refuse_other_rotation(extra, base.sizes.rope)
+        adapter_file.refuse_other_rotation(extra, base.sizes.rope.config)
     return _Parts(base, music, extra, seed).assembly(head)
 
 
@@ -158,7 +179,7 @@ class _Parts:
         self.base, self.music, self.extra, self.seed = base, music, extra, seed
         self.config = self._config()
         self.placement = Placement(_piece_shapes(self.config))
-        self.notes = [_rope_note(self.config)]
+        self.notes = [*base.sizes.rope.described(), *base.raw.notes, *base.notes]
 
     def assembly(self, head: HeadKind | None) -> Assembly:
         """Lay the sources over each other, fill what none has, and say so."""
@@ -170,7 +191,7 @@ class _Parts:
         self._copy_audio_attention()
         self._fill_audio_expert()
         self._fill_tables()
-        self.placement.finish(self.base.raw.source, self._foreign)
+        self.placement.finish(self._foreign)
         default: HeadKind = "split" if len(self.config.modalities) > 1 else "shared"
         config, read = with_head(self.config, self._read, head or default)
         accounting = Accounting(tuple(self.placement.rows), tuple(self.notes))
@@ -233,13 +254,15 @@ class _Parts:
     # What each source gives.
 
     def _lay_adapter(self, extra: Adapter) -> None:
-        self.notes.append(extra.note)
+        is_scaled = self.config.rope.scaling is not None
+        self.notes += [extra.note, *extra.raw.notes, adapter_file.rope_note(is_scaled)]
         for key in extra.raw.tensors:
             self._put(extra.raw, key, adapter_file.native_name(key), mot.TABLE.reason_to_ignore(key))
         self.placement.note_others(extra.raw)
 
     def _lay_musicgen(self, music: MusicGen) -> None:
         used, has = self.config.num_layers, music.num_layers()
+        self.notes += music.raw.notes
         self.notes.append(f"audio feed-forward: the first {min(used, has)} of MusicGen's {has} layers")
         beyond = f"only the first {used} of {has} layers are used"
         for key in music.raw.tensors:
@@ -255,14 +278,28 @@ class _Parts:
         for key in raw.tensors:
             name = table.native(key)
             if name == SHARED_HEAD and self.base.sizes.is_tied:
-                self.placement.note(raw, key, "ignored", "the configuration ties the head to the embedding")
+                self._note_tied_head(key)
             else:
                 self._put(raw, key, name, table.reason_to_ignore(key))
         self.placement.note_others(raw)
 
+    def _note_tied_head(self, key: str) -> None:
+        """Say of a stored head that the configuration ties to the embedding whether it is the embedding."""
+        raw, embedding = self.base.raw, self.base.table.foreign(EMBEDDING) or EMBEDDING
+        is_same = (
+            embedding in raw.tensors
+            and raw.tensors[key].shape == raw.tensors[embedding].shape
+            and torch.equal(raw.read(key), raw.read(embedding))
+        )
+        if is_same:
+            self.placement.note(raw, key, "ignored", "the configuration ties the head to the embedding, which it equals")
+        else:
+            why = "the configuration ties the head to the embedding, from which this one differs: set tie_word_embeddings to "
+            self.placement.note(raw, key, "unexpected", f"{why}false if the stored head is meant, or remove it")
+
     def _put(self, raw: RawState, key: str, name: str | None, reason: str | None) -> None:
         if name not in (EMBEDDING, SHARED_HEAD):
-            _put_or_note(self.placement, raw, key, name, reason)
+            _put_or_note(self.placement, raw, key, name, reason, self.config)
             return
         sizes = [modality.vocab_size for modality in self.config.modalities]
         expected = " or ".join(f"[{rows}, {self.config.model_width}]" for rows in dict.fromkeys([sum(sizes), *sizes]))
@@ -319,13 +356,16 @@ class _Parts:
     def _without_origin(self) -> list[str]:
         return self.placement.without_origin()
 
-    def _foreign(self, name: str) -> str | None:
-        """The key that a missing weight should have had, in the source whose it is."""
+    def _foreign(self, name: str) -> tuple[str, str | None]:
+        """The source that a missing weight should have come from, and the key that it should have had there."""
         if name.startswith("layers.") and f".feed_forward.{AUDIO}." in name:
-            table = musicgen.TABLE if self.music is not None else mot.TABLE
-            return table.foreign(name) or mot.TABLE.foreign(name)
+            key = musicgen.TABLE.foreign(name) if self.music is not None else None
+            if self.music is not None and key is not None:
+                return self.music.raw.source, key
+            source = self.extra.raw.source if self.extra is not None else self.base.raw.source
+            return source, mot.TABLE.foreign(name)
         whole = {_embedding_piece(TEXT): EMBEDDING, split_head(TEXT): SHARED_HEAD}.get(name, name)
-        return self.base.table.foreign(whole)
+        return self.base.raw.source, self.base.table.foreign(whole)
 
     def _read(self, name: str) -> torch.Tensor:
         origins = self.placement.origins
@@ -336,11 +376,39 @@ class _Parts:
         return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces])
 
 
-def _put_or_note(placement: Placement, raw: RawState, key: str, name: str | None, reason: str | None) -> None:
-    if name is None and reason is not None:
-        placement.note(raw, key, "ignored", reason)
-    else:
+def _put_or_note(
+    placement: Placement, raw: RawState, key: str, name: str | None, reason: str | None, config: ModelConfig
+) -> None:
+    """Let ``key`` give the weight ``name``, or note why it gives none; a value that contradicts the reason is a fault."""
+    if name is not None or reason is None:
         placement.put(raw, key, [Target(name or key)])
+        return
+    fault = _contradiction(raw, key, reason, config)
+    placement.note(raw, key, "unexpected" if fault else "ignored", fault or reason)
+
+
+def _contradiction(raw: RawState, key: str, reason: str, config: ModelConfig) -> str | None:
+    """Why a key that is not needed cannot be left out; None where it can."""
+    if reason == mot.UNIT_NORM and not bool((raw.read(key) == 1).all()):
+        return (
+            "a norm behind the experts with values other than one: this decoder has none there, so the model would be another. "
+            "Only states whose norms behind the experts are all one, as they are initialised, are read"
+        )
+    if reason == COMPUTED and key.endswith((".inv_freq", "rope.freqs")):
+        return _other_frequencies(raw.read(key), config)
+    return None
+
+
+def _other_frequencies(stored: torch.Tensor, config: ModelConfig) -> str | None:
+    """What stored RoPE frequencies [d/2] tell of the configuration's base; None where they agree."""
+    for rope in (config.rope, replace(config.rope, scaling=None)):  # some files store them before they are scaled
+        expected = torch.tensor(rope_frequencies(rope, config.head_size), dtype=torch.float64)
+        if stored.shape == expected.shape and torch.allclose(stored.double(), expected, rtol=0.01, atol=1e-7):
+            return None
+    return (
+        f"stored RoPE frequencies, which a base of {config.rope.theta:g} does not give: the configuration is another model's, "
+        "or its base is wrong"
+    )
 
 
 def _embedding_piece(modality: str) -> str:
@@ -374,8 +442,3 @@ def _audio_rows(shapes: Shapes, text_rows: int) -> int | None:
         if rows != text_rows:
             return rows - text_rows if rows > text_rows else rows
     return None
-
-
-def _rope_note(config: ModelConfig) -> str:
-    scaling = f"scaled by {config.rope.scaling.factor:g}" if config.rope.scaling else "not scaled"
-    return f"RoPE: {config.rope.style}, theta {config.rope.theta:g}, {scaling}"

@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from motrt.errors import CheckpointError, ConfigError, raise_all
-from motrt.model_def.checkpoint.name_table import NameTable
-from motrt.model_def.checkpoint.params_json import field_problems, read_json_object, read_params, value_or
-from motrt.model_def.checkpoint.raw_state import (
-    RawState,
-    load_pickle,
-    safetensors_files,
-    state_from_mapping,
-    state_from_safetensors,
+from motrt.model_def.checkpoint.distributed import is_distributed
+from motrt.model_def.checkpoint.fields import (
+    field_problems,
+    fixed_field_problems,
+    read_json_object,
+    shown,
+    unknown_fields,
+    value_or,
 )
+from motrt.model_def.checkpoint.hub_folder import open_weights, weight_files
+from motrt.model_def.checkpoint.name_table import COMPUTED, NameTable
+from motrt.model_def.checkpoint.params_json import read_params
+from motrt.model_def.checkpoint.quantized import quantized_config_problem
+from motrt.model_def.checkpoint.raw_state import RawState
+from motrt.model_def.checkpoint.rope import RopeChoices, hf_rope
 from motrt.model_def.checkpoint.sizes import Sizes
-from motrt.model_def.config import RopeConfig, RopeScaling
+from motrt.model_def.checkpoint.training_state import open_training_state, without_prefix
 
 META_WEIGHTS = "consolidated.00.pth"
 META_PARAMS = "params.json"
-
-_COMPUTED = "computed from the configuration"
 
 META_TABLE = NameTable(
     names=(
@@ -38,7 +42,7 @@ META_TABLE = NameTable(
         ("norm.weight", "norm.weight"),
         ("output.weight", "output.weight"),
     ),
-    ignored=(("rope.freqs", _COMPUTED),),
+    ignored=(("rope.freqs", COMPUTED),),
 )
 
 HF_TABLE = NameTable(
@@ -56,7 +60,7 @@ HF_TABLE = NameTable(
         ("model.norm.weight", "norm.weight"),
         ("lm_head.weight", "output.weight"),
     ),
-    ignored=(("model.layers.{i}.self_attn.rotary_emb.inv_freq", _COMPUTED),),
+    ignored=(("model.layers.{i}.self_attn.rotary_emb.inv_freq", COMPUTED), ("model.rotary_emb.inv_freq", COMPUTED)),
 )
 
 
@@ -69,109 +73,188 @@ class LlamaBase:
         raw: its weights.
         table: their names.
         tokenizer: its ``tokenizer.json``, or None.
+        notes: what the report should say of it.
     """
 
     sizes: Sizes
     raw: RawState
     table: NameTable
     tokenizer: Path | None
+    notes: tuple[str, ...] = ()
 
 
-def open_base(folder: Path) -> LlamaBase:
+def open_base(folder: Path, rope: RopeChoices | None = None) -> LlamaBase:
     """Open a Llama folder of either kind.
 
+    Args:
+        folder: Meta's or Hugging Face's.
+        rope: what the person who converts says of RoPE.
+
     Raises:
-        CheckpointError: when it is neither, or damaged.
+        CheckpointError: when it is neither, both, quantized, or damaged.
         ConfigError: when its configuration is impossible, no Llama's, or contradicts the weights.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: --llama takes the folder that holds the weights and their configuration"
         )
-    tokenizer = folder / "tokenizer.json"
-    base = _open(folder, tokenizer if tokenizer.is_file() else None)
-    named = ((base.table.native(key), tensor.shape) for key, tensor in base.raw.tensors.items())
-    shapes = {name: shape for name, shape in named if name is not None}
-    base.sizes.refuse_contradictions(shapes, base.raw.source)
-    return base
+    sizes, raw, table = _open(folder, rope or RopeChoices())
+    named = ((table.native(key), tensor.shape) for key, tensor in raw.tensors.items())
+    sizes.refuse_contradictions({name: shape for name, shape in named if name is not None}, raw.source)
+    tokenizer = tokenizer_beside(folder)
+    return LlamaBase(sizes, raw, table, tokenizer, tokenizer_notes(folder))
 
 
-def _open(folder: Path, tokenizer: Path | None) -> LlamaBase:
-    meta = sorted(folder.glob("consolidated.*.pth"))
-    if [file.name for file in meta] == [META_WEIGHTS]:
-        raw = state_from_mapping(META_WEIGHTS, load_pickle(meta[0]), str(meta[0]))
-        return LlamaBase(read_params(folder / META_PARAMS), raw, META_TABLE, tokenizer)
-    files = safetensors_files(folder)
-    if files:
-        raw = state_from_safetensors(folder.name, files)
-        return LlamaBase(read_hf_config(folder / "config.json"), raw, HF_TABLE, tokenizer)
-    if meta:
-        names = ", ".join(file.name for file in meta)
-        raise CheckpointError(
-            f"{folder} holds {names}: weights split over several files by tensor parallelism are not read, one is"
-        )
-    raise CheckpointError(
-        f"{folder} holds no Llama weights: expected {META_WEIGHTS} with {META_PARAMS} (Meta), "
-        "or model.safetensors, whole or sharded, with config.json (Hugging Face)"
+def tokenizer_beside(folder: Path) -> Path | None:
+    """Return the ``tokenizer.json`` in ``folder``, or None."""
+    file = folder / "tokenizer.json"
+    return file if file.is_file() else None
+
+
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    """Return a sentence where a folder's only tokenizer is of a format that is not read."""
+    if tokenizer_beside(folder) is not None or not (folder / "tokenizer.model").is_file():
+        return ()
+    return (
+        "no tokenizer goes along: tokenizer.model is not read. Put the tokenizer.json of the same model beside it "
+        "(its Hugging Face folder has one) to prompt with text",
     )
 
 
-def read_hf_config(file: Path) -> Sizes:
-    """The sizes in a Hugging Face ``config.json`` of a Llama.
+def meta_weights(folder: Path) -> Path | None:
+    """Return Meta's weight file in ``folder``, or None where there is none.
+
+    Raises:
+        CheckpointError: when its weights are split over several files.
+    """
+    found = sorted(folder.glob("consolidated.*.pth"))
+    if [file.name for file in found] not in ([], [META_WEIGHTS]):
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(
+            f"{folder} holds {names}: weights split over several files by tensor parallelism are not read, one is"
+        )
+    return found[0] if found else None
+
+
+def _open(folder: Path, rope: RopeChoices) -> tuple[Sizes, RawState, NameTable]:
+    meta, hub_files = meta_weights(folder), weight_files(folder)
+    if meta is not None and hub_files:
+        raise CheckpointError(
+            f"{folder} holds {META_WEIGHTS} and {hub_files[0].name}: keep the set that is meant in the folder, with its "
+            "configuration, and move the other away"
+        )
+    if meta is not None:
+        raw = open_training_state(meta, lambda name: META_TABLE.native(name) is not None)
+        return read_params(folder / META_PARAMS, rope, "llama"), raw, META_TABLE
+    if hub_files:
+        sizes = read_hf_config(folder / "config.json", rope)
+        return sizes, without_prefix(open_weights(folder), lambda name: HF_TABLE.native(name) is not None), HF_TABLE
+    if is_distributed(folder):
+        raise CheckpointError(
+            f"{folder} is a folder of torch.distributed.checkpoint, which holds no sizes: --llama expects a folder with a "
+            "configuration. `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin` "
+            "writes one file, to lie beside config.json; run it on files that you trust, since it unpickles them"
+        )
+    raise CheckpointError(
+        f"{folder} holds no Llama weights: expected {META_WEIGHTS} with {META_PARAMS} (Meta), "
+        "or model.safetensors or pytorch_model.bin, whole or sharded, with config.json (Hugging Face)"
+    )
+
+
+def read_hf_config(file: Path, choices: RopeChoices) -> Sizes:
+    """Read the sizes in a Hugging Face ``config.json`` of a Llama.
+
+    Args:
+        file: a ``config.json``.
+        choices: what the person who converts says of RoPE.
 
     Raises:
         CheckpointError: when it is missing.
-        ConfigError: naming every field that is missing, impossible, or of another architecture.
+        ConfigError: naming every field that is missing, impossible, not known, or of another architecture.
     """
     values = read_json_object(file)
-    required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
-    optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
-    problems = field_problems(values, required, optional, flags=("tie_word_embeddings",)) + _foreign_features(values)
-    raise_all(ConfigError, f"{file}:", problems)
+    raise_all(ConfigError, f"{file}:", _hf_problems(values))
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if values.get("head_dim") is None and width % heads:
         raise ConfigError(
             f"{file}: num_attention_heads ({heads}) must divide hidden_size ({width}), since no head_dim is given"
         )
+    head_size = value_or(values, "head_dim", width // heads)
     return Sizes(
         file=file,
         model_width=width,
         num_layers=values["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=value_or(values, "num_key_value_heads", heads),
-        head_size=value_or(values, "head_dim", width // heads),
+        head_size=head_size,
         vocab_size=values["vocab_size"] if values["vocab_size"] > 0 else None,
         hidden_size=values["intermediate_size"],
         norm_eps=float(value_or(values, "rms_norm_eps", 1e-6)),
-        rope=_rope(file, values),
-        max_seq_len=values.get("max_position_embeddings"),
+        rope=hf_rope(file, values, head_size, choices),
+        max_seq_len=value_or(values, "max_position_embeddings", 2048),  # LlamaConfig's default
         is_tied=value_or(values, "tie_word_embeddings", False),
+        ffn_bias=value_or(values, "mlp_bias", False),
     )
 
 
-def _foreign_features(values: Mapping[str, Any]) -> list[str]:
-    """What this decoder does not have: better refused than dropped."""
-    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0}
-    return [
-        f"{name} must be {wanted!r} ({values[name]!r} came): this decoder has no other"
-        for name, wanted in plain.items()
-        if values.get(name) is not None and values[name] != wanted
-    ]
+def _hf_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is missing, mistyped, of another architecture, or unknown."""
+    problems = field_problems(values, _HF_REQUIRED, _HF_OPTIONAL, _HF_FLAGS) + fixed_field_problems(values, _HF_FIXED)
+    architectures = values.get("architectures")
+    if architectures is not None and (not isinstance(architectures, list) or not set(map(str, architectures)) <= _LLAMAS):
+        problems.append(f"architectures must be ['LlamaForCausalLM'] (got {shown(architectures)}): this decoder is a Llama's")
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        problems.append(f"layer_types must all be 'full_attention' (got {shown(kinds)}): this decoder has no other")
+    if values.get("sliding_window") is not None and values.get("use_sliding_window") is not False:
+        problems.append(
+            f"sliding_window must be null (got {shown(values['sliding_window'])}): every position is attended to here"
+        )
+    if values.get("auto_map") is not None:
+        problems.append("auto_map names code of the checkpoint's own, which is not run here: convert a plain LlamaForCausalLM")
+    if values.get("quantization_config") is not None:
+        problems.append(quantized_config_problem(values["quantization_config"]))
+    known = {*_HF_REQUIRED, *_HF_OPTIONAL, *_HF_FLAGS, *_HF_FIXED, *_HF_CHECKED, *_HF_WITHOUT_EFFECT}
+    return problems + unknown_fields(values, known)
 
 
-def _rope(file: Path, values: Mapping[str, Any]) -> RopeConfig:
-    """RoPE as older (``rope_theta``, ``rope_scaling``) and newer (``rope_parameters``) configurations write it."""
-    newer = values.get("rope_parameters") or {}
-    scaling = newer or values.get("rope_scaling") or {}
-    if not isinstance(newer, dict) or not isinstance(scaling, dict):
-        raise ConfigError(f"{file}: rope_parameters and rope_scaling must be JSON objects or null")
-    theta = value_or(newer, "rope_theta", value_or(values, "rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta=float(theta), style="half")
-    if kind != "llama3":
-        raise ConfigError(f"{file}: RoPE scaling must be 'llama3' or 'default' ({kind!r} came): this decoder has no other")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    raise_all(ConfigError, f"{file}: RoPE scaling:", field_problems(scaling, fields, ()))
-    factor, low, high, original = (scaling[name] for name in fields)
-    return RopeConfig(theta=float(theta), style="half", scaling=RopeScaling(float(factor), float(low), float(high), original))
+_LLAMAS = {"LlamaForCausalLM", "LLaMAForCausalLM"}
+_HF_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+_HF_OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+    "original_max_position_embeddings",
+)
+_HF_FLAGS = ("tie_word_embeddings", "mlp_bias")
+_HF_FIXED: Mapping[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "rope_interleaved": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
+# Read with a condition: above, or in rope.py.
+_HF_CHECKED = (
+    *("architectures", "layer_types", "sliding_window", "auto_map", "quantization_config"),
+    *("rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_dim"),
+)
+# Of training, of the library, of other tasks, and of generation (which older versions of transformers kept here).
+_HF_WITHOUT_EFFECT = frozenset(
+    """
+    _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype transformers.js_config is_llama_config
+    _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _experts_implementation experts_implementation use_flash_attention use_bfloat16 torchscript return_dict use_return_dict
+    output_attentions output_hidden_states use_cache chunk_size_feed_forward tf_legacy_loss unsloth_version unsloth_fixed
+    pretraining_tp initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
+    gradient_checkpointing max_sequence_length is_decoder tie_encoder_decoder cross_attention_hidden_size
+    id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix language
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id max_window_layers
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p min_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens
+    """.split()  # noqa: SIM905 - a list would take a line a name
+)

@@ -1,18 +1,17 @@
 """The Mixture-of-Transformers training state (``.pt``, ``.pth``) with its ``params.json``.
 
-The state may sit under ``model_state_dict``. ``params.json``'s ``vocab_size`` is the *text* vocabulary: rows of the tables
-beyond it are audio. Number m = 0 is text, 1 is audio. Which experts there are and how large, whether attention is routed,
-whether queries and keys are normalised, and whether the head is split are read off the keys and shapes. RoPE is interleaved.
+``params.json``'s ``vocab_size`` is the *text* vocabulary: rows of the tables beyond it are audio. Number m = 0 is text, 1 is
+audio. Which experts there are and how large, whether attention is routed, whether queries and keys are normalised, and whether
+the head is split are read off the keys and shapes. RoPE is interleaved, and not scaled unless that is asked for.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from motrt.errors import ConfigError
-from motrt.model_def.checkpoint.name_table import AUDIO, TEXT, NameTable
-from motrt.model_def.checkpoint.raw_state import RawState, load_pickle, state_from_mapping, with_neighbours
+from motrt.model_def.checkpoint.name_table import AUDIO, COMPUTED, TEXT, NameTable
+from motrt.model_def.checkpoint.raw_state import RawState
 from motrt.model_def.checkpoint.sizes import Shapes, Sizes, expert_of
+from motrt.model_def.checkpoint.training_state import open_training_state
 from motrt.model_def.config import (
     ENCODEC_CODEBOOKS,
     ENCODEC_FRAMES_PER_SECOND,
@@ -22,9 +21,9 @@ from motrt.model_def.config import (
 )
 from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, split_head
 
-STATE_KEY = "model_state_dict"
-
-_UNUSED_NORM = "stored, but that model's forward never uses it: routing normalises once, before the experts"
+# Norms behind the experts: read by Meta's published modules, stored and left out by training code built on them. Neither can
+# be told from the file, so only values that were never trained are passed over.
+UNIT_NORM = "one everywhere, as it was initialised: a norm behind the experts that the training code does not use"
 
 TABLE = NameTable(
     names=(
@@ -56,28 +55,21 @@ TABLE = NameTable(
         ("audio_output.weight", "output.audio.weight"),
     ),
     ignored=(
-        ("layers.{i}.attention.local_experts_attention_norm.{m}.weight", _UNUSED_NORM),
-        ("layers.{i}.feed_forward.local_experts_ffn_norm.{m}.weight", _UNUSED_NORM),
-        ("rope.freqs", "computed from the configuration"),
-        ("freqs_cis", "computed from the configuration"),
+        ("layers.{i}.attention.local_experts_attention_norm.{m}.weight", UNIT_NORM),
+        ("layers.{i}.feed_forward.local_experts_ffn_norm.{m}.weight", UNIT_NORM),
+        ("rope.freqs", COMPUTED),
+        ("freqs_cis", COMPUTED),
     ),
 )
 
 
 def open_state(path: Path) -> RawState:
-    """The state in ``path``, mapped and not read.
+    """Open the state in ``path``, mapped and not read.
 
     Raises:
         CheckpointError: when it is damaged, foreign, or would run code.
     """
-    loaded = load_pickle(path)
-    raw = state_from_mapping(path.name, inner_state(loaded), str(path))
-    return with_neighbours(raw, loaded, STATE_KEY) if STATE_KEY in loaded else raw
-
-
-def inner_state(loaded: Any) -> Any:
-    """The state itself, where it sits under ``model_state_dict``."""
-    return loaded[STATE_KEY] if isinstance(loaded, Mapping) and STATE_KEY in loaded else loaded
+    return open_training_state(path, lambda name: TABLE.native(name) is not None)
 
 
 def native_shapes(raw: RawState) -> dict[str, tuple[int, ...]]:

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from motrt.errors import CheckpointError, ConfigError
+from motrt.model_def.checkpoint.fields import read_json_object
+from motrt.model_def.checkpoint.hub_folder import open_weights
 from motrt.model_def.checkpoint.name_table import LAYER_NUMBER, NameTable
-from motrt.model_def.checkpoint.params_json import read_json_object
-from motrt.model_def.checkpoint.raw_state import (
-    RawState,
-    load_pickle,
-    safetensors_files,
-    state_from_mapping,
-    state_from_safetensors,
-)
+from motrt.model_def.checkpoint.quantized import quantized_config_problem
+from motrt.model_def.checkpoint.raw_state import RawState
 from motrt.model_def.config import ENCODEC_CODEBOOKS, ENCODEC_FRAMES_PER_SECOND
 
 TABLE = NameTable(
@@ -62,26 +58,18 @@ def open_musicgen(folder: Path) -> MusicGen:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: --musicgen takes the folder that holds the weights and config.json")
-    raw = _open_weights(folder)
+    raw = open_weights(folder)
     if not any(TABLE.native(key) for key in raw.tensors):
         raise CheckpointError(f"{folder} holds no decoder.model.decoder.layers.*.fc1: it is not a Hugging Face MusicGen")
     file = folder / "config.json"
     values = read_json_object(file) if file.is_file() else {}
     decoder, encoder = _object(values, "decoder"), _object(values, "audio_encoder")
+    if values.get("quantization_config") is not None:
+        raise ConfigError(f"{file}: {quantized_config_problem(values['quantization_config'])}")
     activation = decoder.get("activation_function", "gelu")
     if activation != "gelu":
         raise ConfigError(f"{file}: decoder.activation_function must be 'gelu', the exact one ({activation!r} came)")
     return MusicGen(raw, _vocab_size(decoder, raw), _codebooks(decoder), _frame_rate(encoder))
-
-
-def _open_weights(folder: Path) -> RawState:
-    files = safetensors_files(folder)
-    if files:
-        return state_from_safetensors(folder.name, files)
-    pickle = folder / "pytorch_model.bin"
-    if pickle.is_file():
-        return state_from_mapping(folder.name, load_pickle(pickle), str(pickle))
-    raise CheckpointError(f"{folder} holds no MusicGen weights: expected model.safetensors or pytorch_model.bin")
 
 
 def _object(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TEXT, AUDIO = "text", "audio"
+COMPUTED = "computed from the configuration"
+"""Why a stored RoPE table is not needed."""
+
 MODALITY_NUMBERS = {"0": TEXT, "1": AUDIO}
 
 _PLACE = re.compile(r"\{(\w+)(?::([^}]*))?\}")

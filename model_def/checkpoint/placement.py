@@ -96,11 +96,15 @@ class Placement:
         """The weights that have no value and were not given one of the wrong shape."""
         return [name for name in self.shapes if name not in self.origins and name not in self._misshapen]
 
-    def finish(self, source: str, foreign: Callable[[str], str | None]) -> None:
-        """Say of every weight that has no value that it is missing, by the key that ``source`` should have had."""
+    def finish(self, foreign: Callable[[str], tuple[str, str | None]]) -> None:
+        """Say of every weight that has no value that it is missing.
+
+        Args:
+            foreign: a weight -> the source that should have had it, and the key there (None: it has no name there).
+        """
         for name in self.without_origin():
-            key = foreign(name) or name
-            self.rows.append(KeyRow(key, source, "missing", f"{list(self.shapes[name])}, for {name}"))
+            source, key = foreign(name)
+            self.rows.append(KeyRow(key or name, source, "missing", f"{list(self.shapes[name])}, for {name}"))
 
     def dtype(self) -> str:
         """The narrowest dtype that holds every source's values exactly."""

@@ -1,21 +1,27 @@
 """Foreign weights as they lie: names, shapes and dtypes at once, values one at a time. No format's names are known here.
 
-PyTorch files are mapped and unpickled with ``weights_only=True``: tensors and plain containers come in, code does not.
-Safetensors are read through ``container``.
+What wraps a module during training (torch.compile, DistributedDataParallel, activation checkpointing, FSDP) leaves a word in
+the names of its weights; such words are taken off, and the report says so.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from motrt.errors import CheckpointError, raise_all
 from motrt.model_def.checkpoint.container import StoredTensor, dtype_name, read_header, read_tensor
-from motrt.model_def.checkpoint.native import is_plain_name, read_index
+
+# Words in a name -> what put it there.
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_fsdp_wrapped_module": "FSDP",
+    "_forward_module": "Lightning Fabric",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class RawTensor:
     """One tensor of a foreign file, not loaded.
 
     Attributes:
-        name: its name there.
+        name: its name there, without what a wrapper added.
         shape: its dims.
         dtype: torch's spelling (``bfloat16``).
     """
@@ -46,32 +52,18 @@ class RawState:
         tensors: by name.
         read: a name -> its value.
         others: entries that give no weight: name -> why.
+        notes: what the report should say of how it was read.
     """
 
     source: str
     tensors: Mapping[str, RawTensor]
     read: Callable[[str], torch.Tensor]
     others: Mapping[str, str] = field(default_factory=dict)
-
-
-def load_pickle(path: Path) -> Any:
-    """What a ``.pt``, ``.pth`` or ``.bin`` file holds, its tensors mapped and not yet read.
-
-    Raises:
-        CheckpointError: when it is missing, truncated, of another kind, or would run code.
-    """
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except OSError as failure:
-        raise CheckpointError(f"{path} can not be read ({failure.strerror}): check the path and its permissions") from None
-    except UnpicklingError as failure:
-        raise CheckpointError(_pickled_code(path, str(failure))) from None
-    except Exception as failure:  # torch's readers raise RuntimeError, EOFError, KeyError, struct.error... for damaged files
-        raise CheckpointError(_unreadable(path, str(failure))) from None
+    notes: tuple[str, ...] = ()
 
 
 def state_from_mapping(source: str, values: Any, where: str) -> RawState:
-    """The state that a loaded ``{name: tensor}`` is.
+    """Return the state that a loaded ``{name: tensor}`` is.
 
     Args:
         source: what reports call it.
@@ -86,22 +78,16 @@ def state_from_mapping(source: str, values: Any, where: str) -> RawState:
     empty = [name for name, value in values.items() if isinstance(value, torch.Tensor) and value.is_meta]
     advice = "these are on the meta device and have no values: load the model before it is saved"
     raise_all(CheckpointError, f"{where} should hold tensors with values; {advice}:", empty)
-    dense = {name: value for name, value in values.items() if _is_dense(value)}
+    others = {name: why for name, value in values.items() if (why := _why_not_dense(value))}
+    dense = {name: value for name, value in values.items() if name not in others}
     if not dense:
         raise CheckpointError(f"{where} should hold tensors by name, and holds none: is it the right file?")
     tensors = {name: RawTensor(name, tuple(value.shape), dtype_name(value.dtype)) for name, value in dense.items()}
-    others = {name: f"not a dense tensor ({type(value).__name__})" for name, value in values.items() if name not in dense}
-    return RawState(source, tensors, dense.__getitem__, others)
-
-
-def with_neighbours(raw: RawState, loaded: Mapping[Any, Any], state_key: str) -> RawState:
-    """``raw``, which lay under ``state_key`` of ``loaded``, with what a training run saved beside it (step, optimizer)."""
-    beside = {str(name): f"beside {state_key}, no weight of the model" for name in loaded if name != state_key}
-    return replace(raw, others={**beside, **raw.others})
+    return unwrapped(RawState(source, tensors, lambda name: dense[name].resolve_neg(), others))
 
 
 def state_from_safetensors(source: str, files: Iterable[Path]) -> RawState:
-    """The state that one or several safetensors files hold together.
+    """Return the state that one or several safetensors files hold together.
 
     Raises:
         CheckpointError: when one is damaged, or a name stands in two of them.
@@ -114,47 +100,74 @@ def state_from_safetensors(source: str, files: Iterable[Path]) -> RawState:
         stored.update(header)
     raise_all(CheckpointError, f"{source} holds a tensor twice:", problems)
     tensors = {name: RawTensor(name, one.shape, one.dtype) for name, one in stored.items()}
-    return RawState(source, tensors, lambda name: read_tensor(stored[name]))
+    return unwrapped(RawState(source, tensors, lambda name: read_tensor(stored[name])))
 
 
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: ``model.safetensors``, or what its index names; none where there is neither.
+def joined(source: str, states: Iterable[RawState]) -> RawState:
+    """Return several files' states as one.
 
     Raises:
-        CheckpointError: when the index names a file that is missing or outside the folder.
+        CheckpointError: when a name stands in two of them.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    names = sorted(set(read_index(index).values()))
-    problems = [f"{name!r} is no plain file name" for name in names if not is_plain_name(name)]
-    problems += [f"{name} is missing" for name in names if is_plain_name(name) and not (folder / name).is_file()]
-    raise_all(CheckpointError, f"{index} names files that can not be used; fetch the folder again:", problems)
-    return [folder / name for name in names]
+    owners: dict[str, RawState] = {}
+    others: dict[str, str] = {}
+    problems: list[str] = []
+    notes: dict[str, None] = {}
+    for state in states:
+        problems += [f"{name} is in {owners[name].source} and in {state.source}" for name in state.tensors if name in owners]
+        owners |= dict.fromkeys(state.tensors, state)
+        others |= state.others
+        notes |= dict.fromkeys(state.notes)
+    raise_all(CheckpointError, f"{source} holds a tensor twice:", problems)
+    tensors = {name: state.tensors[name] for name, state in owners.items()}
+    return RawState(source, tensors, lambda name: owners[name].read(name), others, tuple(notes))
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+def unwrapped(raw: RawState) -> RawState:
+    """Return ``raw`` without the words that wrappers left in its names.
+
+    Raises:
+        CheckpointError: when two names are then the same.
+    """
+    found = {word for name in raw.tensors for word in name.split(".") if word in WRAPPERS}
+    if not found:
+        return raw
+    note = ", ".join(f"{word}. ({WRAPPERS[word]})" for word in sorted(found))
+    return renamed(raw, _without_wrappers, f"{raw.source}: taken off its names: {note}")
 
 
-def _pickled_code(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    if found is None:
-        return _unreadable(path, message)
-    return (
-        f"{path} holds pickled code ({found[1]}), which is refused because unpickling it would run it: "
-        "save the tensors alone, torch.save(model.state_dict(), path), where the file came from"
-    )
+def renamed(raw: RawState, new_name: Callable[[str], str | None], note: str) -> RawState:
+    """Return ``raw`` under other names; a name that becomes None joins what gives no weight.
+
+    Raises:
+        CheckpointError: when two names become the same.
+    """
+    originals: dict[str, str] = {}
+    others, problems = dict(raw.others), []
+    for name in raw.tensors:
+        new = new_name(name)
+        if new is None:
+            others[name] = f"beside the model's weights: {note}"
+        elif new in originals:
+            problems.append(f"{originals[new]} and {name} are both {new}")
+        else:
+            originals[new] = name
+    raise_all(CheckpointError, f"{raw.source}: {note}, and these would be one:", problems)
+    tensors = {new: replace(raw.tensors[name], name=new) for new, name in originals.items()}
+    return replace(raw, tensors=tensors, read=lambda name: raw.read(originals[name]), others=others, notes=(*raw.notes, note))
 
 
-def _unreadable(path: Path, message: str) -> str:
-    with path.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"
-    if is_zip:
-        return f"{path} is truncated or damaged ({message.splitlines()[0][:160]}): fetch or save it again"
-    return (
-        f"{path} is not a PyTorch file of the zip format (or is truncated at its very beginning): "
-        "save it with torch.save of PyTorch 1.6 or later"
-    )
+def _without_wrappers(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+
+
+def _why_not_dense(value: Any) -> str | None:
+    """Why ``value`` gives no weight; None where it is a dense tensor with storage of its own for each element."""
+    if not isinstance(value, torch.Tensor):
+        return f"not a tensor ({type(value).__name__})"
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        return f"not a dense tensor ({kind})"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"not a dense tensor (its {value.numel()} elements share {value.untyped_storage().nbytes()} bytes)"
+    return None

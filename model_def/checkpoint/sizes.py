@@ -11,7 +11,8 @@ from pathlib import Path
 
 from motrt.errors import ConfigError, raise_all
 from motrt.model_def.checkpoint.name_table import LAYER_NUMBER
-from motrt.model_def.config import AdapterExpert, Expert, Modality, ModelConfig, RopeConfig, SwigluExpert
+from motrt.model_def.checkpoint.rope import Rope
+from motrt.model_def.config import AdapterExpert, Expert, Modality, ModelConfig, SwigluExpert
 from motrt.model_def.parameters import EMBEDDING
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,9 +33,11 @@ class Sizes:
         vocab_size: the *text* vocabulary; None where the file gives none.
         hidden_size: of the text feed-forward; None where the file gives none.
         norm_eps: of every RMSNorm.
-        rope: base, style and scaling.
+        rope: base, style and scaling, with what was assumed.
         max_seq_len: None where the file gives none.
         is_tied: whether the embedding is the head too.
+        qk_norm: whether queries and keys are normalised; None where the file does not say.
+        ffn_bias: whether the text feed-forward has biases; None where the file does not say.
     """
 
     file: Path
@@ -46,9 +49,11 @@ class Sizes:
     vocab_size: int | None
     hidden_size: int | None
     norm_eps: float
-    rope: RopeConfig
+    rope: Rope
     max_seq_len: int | None
     is_tied: bool = False
+    qk_norm: bool | None = None
+    ffn_bias: bool | None = None
 
     def config(self, modalities: tuple[Modality, ...], **choices: object) -> ModelConfig:
         """The configuration of these sizes with ``modalities``; ``choices`` are further fields of ``ModelConfig``.
@@ -66,7 +71,7 @@ class Sizes:
                 head_size=self.head_size,
                 modalities=modalities,
                 norm_eps=self.norm_eps,
-                rope=self.rope,
+                rope=self.rope.config,
                 **{**limit, **choices},  # type: ignore[arg-type]  # checked by ModelConfig itself
             )
         except ConfigError as failure:
@@ -88,6 +93,8 @@ class Sizes:
             ("heads x head size", self.num_heads * self.head_size, _dim(shapes, attention.format("wq"), 0)),
             ("key/value heads x head size", self.num_kv_heads * self.head_size, _dim(shapes, attention.format("wk"), 0)),
             ("text feed-forward width", self.hidden_size, _dim(shapes, "layers.0.feed_forward.text.w1.weight", 0)),
+            ("norms of queries and keys", self.qk_norm, any(".q_norm." in name for name in shapes)),
+            ("biases of the text feed-forward", self.ffn_bias, "layers.0.feed_forward.text.w1.bias" in shapes),
         ]
         return [
             f"{what}: the configuration says {said}, the weights have {have}"

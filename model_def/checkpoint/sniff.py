@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from motrt.errors import CheckpointError
-from motrt.model_def.checkpoint import adapter, llama, mot, musicgen
-from motrt.model_def.checkpoint.raw_state import (
-    RawState,
-    RawTensor,
-    load_pickle,
-    safetensors_files,
-    state_from_mapping,
-    state_from_safetensors,
-)
+from motrt.model_def.checkpoint import adapter, hub_folder, llama, musicgen
+from motrt.model_def.checkpoint.distributed import METADATA_FILE, is_distributed, open_distributed
+from motrt.model_def.checkpoint.pickle_file import load_pickle
+from motrt.model_def.checkpoint.raw_state import RawState, RawTensor, joined, state_from_mapping, state_from_safetensors
+from motrt.model_def.checkpoint.training_state import inner_state
 
 Kind = Literal["native", "mot", "llama-meta", "llama-hf", "musicgen", "adapter", "bundle", "onnx", "unknown"]
 
@@ -33,10 +29,7 @@ def kind_of(path: str | Path) -> Kind:
         return "unknown"
     if path.suffix == ".onnx":
         return "onnx"
-    try:
-        return _kind_of_file(path)
-    except CheckpointError:
-        return "unknown"
+    return _kind_or_unknown(path)
 
 
 def describe_raw(path: str | Path) -> tuple[RawTensor, ...]:
@@ -58,10 +51,12 @@ def open_raw(path: Path) -> RawState:
     Raises:
         CheckpointError: when it is missing, damaged, or would run code.
     """
+    if is_distributed(path):
+        return open_distributed(path)
     files = weight_files(path)
     if files[0].suffix == ".safetensors":
         return state_from_safetensors(path.name, files)
-    return state_from_mapping(files[0].name, _inner(load_pickle(files[0])), str(files[0]))
+    return joined(files[0].name, [state_from_mapping(file.name, _inner(load_pickle(file), file), str(file)) for file in files])
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -72,18 +67,20 @@ def weight_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    pickles = (path / name for name in (llama.META_WEIGHTS, "pytorch_model.bin"))
-    files = safetensors_files(path) or [file for file in pickles if file.is_file()][:1]
+    if is_distributed(path):
+        return [path / METADATA_FILE, *sorted(path.glob("*.distcp"))]
+    meta = llama.meta_weights(path)
+    files = hub_folder.weight_files(path) or ([meta] if meta else [])
     if not files:
-        expected = f"model.safetensors, {llama.META_WEIGHTS} or pytorch_model.bin"
+        expected = f"{hub_folder.SAFETENSORS}, {llama.META_WEIGHTS} or {hub_folder.PICKLE}"
         raise CheckpointError(f"{path} holds no weights that are known here: expected {expected}")
     return files
 
 
-def _inner(loaded: Any) -> Any:
+def _inner(loaded: Any, where: Path) -> Any:
     if isinstance(loaded, Mapping) and adapter.STATE_KEY in loaded:
         return loaded[adapter.STATE_KEY]
-    return mot.inner_state(loaded)
+    return inner_state(loaded, where)[0]
 
 
 def _kind_of_folder(folder: Path) -> Kind:
@@ -91,6 +88,8 @@ def _kind_of_folder(folder: Path) -> Kind:
         return "bundle"
     if (folder / llama.META_WEIGHTS).is_file():
         return "llama-meta"
+    if is_distributed(folder):
+        return _kind_or_unknown(folder)
     values = _json_object(folder / "config.json")
     if "modalities" in values:
         return "native"
@@ -99,12 +98,19 @@ def _kind_of_folder(folder: Path) -> Kind:
     return by_type.get(kind, "unknown") if isinstance(kind, str) else "unknown"
 
 
+def _kind_or_unknown(path: Path) -> Kind:
+    try:
+        return _kind_of_keys(open_raw(path).tensors) if path.is_dir() else _kind_of_file(path)
+    except CheckpointError:
+        return "unknown"
+
+
 def _kind_of_file(path: Path) -> Kind:
     if path.suffix != ".safetensors":
         loaded = load_pickle(path) if path.suffix in PICKLES else {}
         if isinstance(loaded, Mapping) and adapter.STATE_KEY in loaded:
             return "adapter"
-        inner = mot.inner_state(loaded)
+        inner = _inner(loaded, path)
         return _kind_of_keys([key for key in inner if isinstance(key, str)] if isinstance(inner, Mapping) else [])
     return _kind_of_keys(open_raw(path).tensors)
 

@@ -13,7 +13,7 @@ import torch
 from motrt.errors import CheckpointError, ConfigError
 from motrt.model_def.checkpoint.assemble import Assembly, convert_mot, convert_native
 from motrt.model_def.checkpoint.native import open_checkpoint
-from motrt.model_def.config import AdapterExpert, ModelConfig, RopeScaling, SwigluExpert
+from motrt.model_def.config import AdapterExpert, ModelConfig, RopeConfig, SwigluExpert
 from motrt.model_def.initialize import random_tensors
 from motrt.tests.model_def.foreign import State, mot_state, params_of, write_json, write_mot
 
@@ -75,7 +75,7 @@ def test_every_key_has_a_line_and_unused_norms_say_why(tmp_path: Path) -> None:
     assert sorted(row.key for row in assembly.accounting.rows) == sorted([*mot_state(SPLIT, weights(SPLIT)), "step"])
     ignored = [row for row in assembly.accounting.rows if row.outcome == "ignored" and row.key != "step"]
     assert len(ignored) == 2 * SPLIT.num_layers * 2
-    assert all("_norm." in row.key and "never uses it" in row.detail for row in ignored)
+    assert all("_norm." in row.key and "one everywhere" in row.detail for row in ignored)
     told = json.loads(json.dumps(assembly.accounting.to_dict()))
     assert told["clean"] is True
     assert told["counts"] == {"loaded": len(weights(SPLIT)), "ignored": 8 + 1}
@@ -107,16 +107,40 @@ def test_a_native_checkpoint_can_change_head_and_dtype(tmp_path: Path) -> None:
 
 
 def test_sizes_and_rope_come_from_params_json(tmp_path: Path) -> None:
-    params = params_of(SPLIT) | {"use_scaled_rope": True, "rope_theta": 10000, "norm_eps": 1e-6, "max_seq_len": None}
+    params = params_of(SPLIT) | {"rope_theta": 10000, "norm_eps": 1e-6, "max_seq_len": None}
     config = converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)), params).config
-    assert config.rope == type(config.rope)(theta=10000.0, style="interleaved", scaling=RopeScaling(factor=32.0))
+    assert config.rope == RopeConfig(theta=10000.0, style="interleaved", scaling=None)
     assert (config.norm_eps, config.max_seq_len) == (1e-6, 8192)
 
 
-@pytest.mark.parametrize("value", [None, False])
-def test_rope_is_not_scaled_where_the_flag_is_null_or_false(tmp_path: Path, value: object) -> None:
-    params = params_of(SPLIT) | {"use_scaled_rope": value}
-    assert converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)), params).config.rope.scaling is None
+@pytest.mark.parametrize("sublayer", ["attention.local_experts_attention_norm", "feed_forward.local_experts_ffn_norm"])
+@pytest.mark.parametrize("value", [1.0 + 2**-20, 0.0, float("nan")])
+def test_a_trained_norm_behind_the_experts_is_refused(tmp_path: Path, sublayer: str, value: float) -> None:
+    key = f"layers.1.{sublayer}.1.weight"
+    state = mot_state(SPLIT, weights(SPLIT))
+    state[key][3] = value
+    assembly = converted(tmp_path, SPLIT, state)
+    assert [(row.outcome, row.key) for row in assembly.accounting.faults] == [("unexpected", key)]
+    with pytest.raises(CheckpointError, match="values other than one"):
+        assembly.write(tmp_path / "native")
+
+
+@pytest.mark.parametrize(("stated", "is_right"), [(True, False), (False, True)])
+def test_norms_of_queries_and_keys_are_as_params_json_says(tmp_path: Path, stated: bool, is_right: bool) -> None:
+    state, params = mot_state(SPLIT, weights(SPLIT)), params_of(SPLIT) | {"qk_normalization": stated}
+    if is_right:
+        assert not converted(tmp_path, SPLIT, state, params).config.qk_norm
+    else:
+        with pytest.raises(ConfigError, match="norms of queries and keys: the configuration says True, the weights have False"):
+            converted(tmp_path, SPLIT, state, params)
+
+
+def test_a_field_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    params = params_of(SPLIT) | {"n_modalities": 2, "debug_mot": True, "attention_chunk_size": 8, "moe": {"experts": 2}}
+    with pytest.raises(ConfigError, match="whether it changes the model cannot be told") as caught:
+        converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)), params)
+    assert "attention_chunk_size (8)" in str(caught.value) and 'moe ({"experts": 2})' in str(caught.value)
+    assert "debug_mot" not in str(caught.value) and "n_modalities" not in str(caught.value)
 
 
 def test_mixed_dtypes_are_widened_and_never_rounded(tmp_path: Path) -> None:
