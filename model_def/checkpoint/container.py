@@ -39,6 +39,11 @@ _CODES: dict[str, tuple[str, int]] = {  # code -> (torch's spelling, bytes of on
     "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
+    "C64": ("complex64", 8),
 }
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -83,6 +88,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except OSError as failure:
         raise CheckpointError(f"{file} can not be read ({failure.strerror}): check the path and its permissions") from failure
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    _refuse_unknown_dtypes(file, entries)
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for name, entry in entries.items():
@@ -165,6 +171,13 @@ def _header_json(file: Path, stream: BinaryIO, size: int) -> tuple[dict[str, Any
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file: its header is no JSON object")
     return header, _LENGTH_BYTES + length
+
+
+def _refuse_unknown_dtypes(file: Path, entries: Mapping[str, Any]) -> None:
+    """Raise where a tensor is of a dtype that is not known here: its bytes cannot even be counted."""
+    dtypes = {name: entry["dtype"] for name, entry in entries.items() if isinstance(entry, dict) and "dtype" in entry}
+    unknown = [f"{name} ({code})" for name, code in dtypes.items() if isinstance(code, str) and code not in _CODES]
+    raise_all(CheckpointError, f"{file} holds tensors of a dtype that is not read; convert weights of floating point:", unknown)
 
 
 def _stored_or_problem(name: str, entry: Any, file: Path, data_start: int) -> StoredTensor | str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -107,7 +108,7 @@ def _read(reader: FileSystemReader, wanted: RawTensor) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
             load({wanted.name: into}, storage_reader=reader, no_dist=True)
-    except Exception as failure:  # the library raises CheckpointException, RuntimeError, EOFError... for damaged files
+    except (Exception, CheckpointException) as failure:  # the library's own derives from BaseException
         first_line = next(iter(str(failure).splitlines()), "") or type(failure).__name__
         raise CheckpointError(
             f"{reader.path}: {wanted.name} cannot be read ({first_line[:160]}): fetch the folder again"

@@ -11,7 +11,7 @@ from motrt.errors import CheckpointError, raise_all
 from motrt.model_def.checkpoint.native import is_plain_name, read_index
 from motrt.model_def.checkpoint.pickle_file import load_pickle
 from motrt.model_def.checkpoint.quantized import refuse_quantized
-from motrt.model_def.checkpoint.raw_state import RawState, joined, state_from_mapping, state_from_safetensors
+from motrt.model_def.checkpoint.raw_state import RawState, joined, state_from_mapping, state_from_safetensors, without_wrappers
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -32,6 +32,7 @@ def open_weights(folder: Path) -> RawState:
         states = [state_from_mapping(file.name, load_pickle(file), str(file)) for file in files]
         raw = replace(joined(folder.name, states), source=folder.name)
     refuse_quantized(raw.tensors, str(folder))
+    _refuse_other_than_indexed(folder, files[0].suffix, raw)
     unread = [
         name for name in (PICKLE, f"{PICKLE}.index.json") if files[0].suffix == ".safetensors" and (folder / name).is_file()
     ]
@@ -63,3 +64,14 @@ def _files(folder: Path, single_name: str) -> list[Path]:
     problems += [f"{name} is missing" for name in names if is_plain_name(name) and not (folder / name).is_file()]
     raise_all(CheckpointError, f"{index} names files that can not be used; fetch the folder again:", problems)
     return [folder / name for name in names]
+
+
+def _refuse_other_than_indexed(folder: Path, ending: str, raw: RawState) -> None:
+    """Raise where the shards hold more or less than their index says: one of them is of another save."""
+    index = folder / f"{SAFETENSORS if ending == '.safetensors' else PICKLE}.index.json"
+    if not index.is_file():
+        return
+    named, stored = set(map(without_wrappers, read_index(index))), {*raw.tensors, *raw.others}
+    problems = [f"{name} is in the index and in no shard" for name in sorted(named - stored)]
+    problems += [f"{name} is in a shard and not in the index" for name in sorted(stored - named)]
+    raise_all(CheckpointError, f"{index} and its shards differ; fetch the folder again:", problems)

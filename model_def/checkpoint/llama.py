@@ -94,6 +94,10 @@ def open_base(folder: Path, rope: RopeChoices | None = None) -> LlamaBase:
         CheckpointError: when it is neither, both, quantized, or damaged.
         ConfigError: when its configuration is impossible, no Llama's, or contradicts the weights.
     """
+    if folder.suffix == ".gguf":
+        raise CheckpointError(
+            f"{folder} is a GGUF file, llama.cpp's format, which is not read here: convert the folder that it was made from"
+        )
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: --llama takes the folder that holds the weights and their configuration"
@@ -212,8 +216,9 @@ def _hf_problems(values: Mapping[str, Any]) -> list[str]:
         )
     if values.get("auto_map") is not None:
         problems.append("auto_map names code of the checkpoint's own, which is not run here: convert a plain LlamaForCausalLM")
-    if values.get("quantization_config") is not None:
-        problems.append(quantized_config_problem(values["quantization_config"]))
+    for name in ("quantization_config", "quantization"):  # MLX has the latter
+        if values.get(name) is not None:
+            problems.append(f"{name}: {quantized_config_problem(values[name])}")
     known = {*_HF_REQUIRED, *_HF_OPTIONAL, *_HF_FLAGS, *_HF_FIXED, *_HF_CHECKED, *_HF_WITHOUT_EFFECT}
     return problems + unknown_fields(values, known)
 
@@ -237,7 +242,7 @@ _HF_FIXED: Mapping[str, Any] = {
 }
 # Read with a condition: above, or in rope.py.
 _HF_CHECKED = (
-    *("architectures", "layer_types", "sliding_window", "auto_map", "quantization_config"),
+    *("architectures", "layer_types", "sliding_window", "auto_map", "quantization_config", "quantization"),
     *("rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_dim"),
 )
 # Of training, of the library, of other tasks, and of generation (which older versions of transformers kept here).

@@ -65,7 +65,7 @@ def open_musicgen(folder: Path) -> MusicGen:
     values = read_json_object(file) if file.is_file() else {}
     decoder, encoder = _object(values, "decoder"), _object(values, "audio_encoder")
     if values.get("quantization_config") is not None:
-        raise ConfigError(f"{file}: {quantized_config_problem(values['quantization_config'])}")
+        raise ConfigError(f"{file}: quantization_config: {quantized_config_problem(values['quantization_config'])}")
     activation = decoder.get("activation_function", "gelu")
     if activation != "gelu":
         raise ConfigError(f"{file}: decoder.activation_function must be 'gelu', the exact one ({activation!r} came)")

@@ -76,14 +76,15 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _pickled_code(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
+    found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", message)
     if found is None:
-        return _unreadable(path, message)
+        return _unreadable(path, message.rpartition("WeightsUnpickler error: ")[2].strip())
+    name = found[1] or found[2]
     for beginning, meaning in _KNOWN_CODE.items():
-        if found[1].startswith(beginning):
-            return f"{path} holds {found[1]}: {meaning}"
+        if name.startswith(beginning):
+            return f"{path} holds {name}: {meaning}"
     return (
-        f"{path} holds pickled code ({found[1]}), which is refused because unpickling it would run it: "
+        f"{path} holds pickled code ({name}), which is refused because unpickling it would run it: "
         "save the tensors alone, torch.save(model.state_dict(), path), where the file came from"
     )
 

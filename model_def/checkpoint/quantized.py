@@ -26,9 +26,9 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def quantized_config_problem(settings: Any) -> str:
-    """Return the problem that a ``quantization_config`` is."""
+    """Return what a ``quantization_config`` says is wrong."""
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    return f"quantization_config: the weights are quantized ({method or 'by a method it does not name'}): {_REMEDY}"
+    return f"the weights are quantized ({method or 'by a method it does not name'}): {_REMEDY}"
 
 
 def refuse_quantized(names: Iterable[str], where: str) -> None:

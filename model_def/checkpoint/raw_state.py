@@ -133,7 +133,7 @@ def unwrapped(raw: RawState) -> RawState:
     if not found:
         return raw
     note = ", ".join(f"{word}. ({WRAPPERS[word]})" for word in sorted(found))
-    return renamed(raw, _without_wrappers, f"{raw.source}: taken off its names: {note}")
+    return renamed(raw, without_wrappers, f"{raw.source}: taken off its names: {note}")
 
 
 def renamed(raw: RawState, new_name: Callable[[str], str | None], note: str) -> RawState:
@@ -157,7 +157,8 @@ def renamed(raw: RawState, new_name: Callable[[str], str | None], note: str) -> 
     return replace(raw, tensors=tensors, read=lambda name: raw.read(originals[name]), others=others, notes=(*raw.notes, note))
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Return ``name`` without the words that wrappers left in it."""
     return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 

@@ -265,7 +265,7 @@ def test_fields_without_effect_are_passed_over(tmp_path: Path, native: State) ->
         "dtype": "float32",
     }
     fields |= {"use_sliding_window": False, "sliding_window": 4096, "attention_dropout": 0.1, "transformers_version": "5.24.0"}
-    hub(tmp_path / "llama", native, **fields, unknown_and_null=None).accounting.raise_unless_clean()
+    hub(tmp_path / "llama", native, None, **fields, unknown_and_null=None).accounting.raise_unless_clean()
 
 
 def test_a_tied_head_that_is_stored_and_differs_is_refused(tmp_path: Path, native: State) -> None:
