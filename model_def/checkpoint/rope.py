@@ -212,6 +212,9 @@ def _rotated_part_problems(values: Mapping[str, Any], places: Mapping[str, Mappi
 def _disagreements(values: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Where two settings say different things: transformers' order of preference has changed, so none is chosen."""
     thetas = _thetas(values, places)
+    if len(places) > 1:  # each is a whole: one that gives no base means the default, not the other's
+        default = value_or(values, "rope_theta", _FIRST_THETA)
+        thetas |= {f"{name}.rope_theta": value_or(one, "rope_theta", default) for name, one in places.items()}
     problems = []
     if len(set(thetas.values())) > 1:
         problems.append("rope_theta differs: " + ", ".join(f"{name} is {value:g}" for name, value in thetas.items()))

@@ -219,6 +219,10 @@ def test_every_way_to_write_rope_is_read(tmp_path: Path, native: State, config: 
             {"rope_theta": None, "rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 2e4}},
             "rope_theta differs",
         ),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 2e4}, "rope_scaling": {"type": "default"}},
+            "rope_theta differs",
+        ),
         ({"rope_parameters": {"factor": 8.0}}, "factor (8.0) has no meaning for type 'default'"),
         ({"rope_scaling": {"type": "llama3", "rope_type": "default"}}, "rope_type says 'default', type says 'llama3'"),
         ({"rope_parameters": {"full_attention": LLAMA3_AT_64}}, "full_attention"),
