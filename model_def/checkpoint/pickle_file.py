@@ -65,8 +65,10 @@ def _refuse_compressed(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = [one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return  # torch says what is wrong
+    except OSError:
+        return  # torch.load meets it again, and its error is told
+    except Exception as failure:  # BadZipFile, NotImplementedError, struct.error...: what is no zip cannot be mapped
+        raise CheckpointError(_unreadable(path, failure)) from None
     if compressed:
         again = f"torch.save(torch.load({path.name!r}, weights_only=True), 'plain.pt')"
         raise CheckpointError(
