@@ -40,7 +40,7 @@ def field_problems(
     A null counts as absent, and -1 as a vocabulary not given.
     """
     problems = [f"missing field {name!r}" for name in required if values.get(name) is None]
-    for name in (*required, *optional):
+    for name in dict.fromkeys((*required, *optional)):
         value = values.get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
         is_whole = isinstance(value, int) or name in _FRACTIONS

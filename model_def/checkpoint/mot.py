@@ -88,9 +88,9 @@ def config_of(sizes: Sizes, raw: RawState) -> ModelConfig:
     sizes.refuse_contradictions(shapes, raw.source)
     text, audio = expert_of(shapes, TEXT), expert_of(shapes, AUDIO)
     if text is None:
-        raise ConfigError(
-            f"{raw.source} holds no text expert (feed_forward.local_experts.0): is it a Mixture-of-Transformers state?"
-        )
+        is_llama = any(name in raw.tensors for name in ("layers.0.feed_forward.w1.weight", "model.layers.0.mlp.up_proj.weight"))
+        advice = "it is a Llama: convert its folder with --llama" if is_llama else "is it a Mixture-of-Transformers state?"
+        raise ConfigError(f"{raw.source} holds no text expert (feed_forward.local_experts.0): {advice}")
     vocab_sizes = _vocab_sizes(sizes, shapes, raw.source, has_audio=audio is not None)
     return sizes.config(
         _modalities(vocab_sizes, text, audio),

@@ -11,9 +11,9 @@ from motrt.model_def.checkpoint.fields import field_problems, fixed_field_proble
 from motrt.model_def.checkpoint.rope import MetaCode, RopeChoices, meta_rope
 from motrt.model_def.checkpoint.sizes import Sizes
 
-_REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
+_REQUIRED = ("dim", "n_layers", "n_heads")
 _OPTIONAL = (
-    *("n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "max_seq_len"),
+    *("vocab_size", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "max_seq_len"),
     *("rope_theta", "rope_scaling_factor", "rope_high_freq_factor"),
 )
 _FLAGS = ("use_scaled_rope", "use_qk_norm", "qk_normalization")
@@ -37,7 +37,9 @@ def read_params(file: Path, choices: RopeChoices, code: MetaCode) -> Sizes:
         ConfigError: naming every field that is missing, impossible, or not known.
     """
     values = read_json_object(file)
-    problems = field_problems(values, _REQUIRED, _OPTIONAL, _FLAGS)
+    # A Llama's vocabulary is its embedding's rows; a training state's rows are text and audio together.
+    vocabulary = {"llama": (), "mot": ("vocab_size",)}[code]
+    problems = field_problems(values, (*_REQUIRED, *vocabulary), _OPTIONAL, _FLAGS)
     problems += fixed_field_problems(values, {"use_qk_norm": False})  # Llama 4's, which has no weights
     problems += unknown_fields(values, {*_REQUIRED, *_OPTIONAL, *_FLAGS, *_WITHOUT_EFFECT, *_TOLD_BY_WEIGHTS})
     raise_all(ConfigError, f"{file}:", problems)
@@ -51,7 +53,7 @@ def read_params(file: Path, choices: RopeChoices, code: MetaCode) -> Sizes:
         num_heads=heads,
         num_kv_heads=value_or(values, "n_kv_heads", heads),
         head_size=value_or(values, "head_dim", dim // heads),
-        vocab_size=values["vocab_size"] if values["vocab_size"] > 0 else None,
+        vocab_size=stated if (stated := value_or(values, "vocab_size", -1)) > 0 else None,
         hidden_size=values.get("hidden_dim"),
         norm_eps=float(value_or(values, "norm_eps", 1e-5)),
         rope=meta_rope(file, values, choices, code),

@@ -26,14 +26,14 @@ _DATA_TYPES: list[Any] = [
 ]
 
 # The beginning of a refused type's name -> what such a file is, and what to do.
-_SHARDED = (
+SHARDED = (
     "shards of a distributed run, which one process cannot put together: gather them first, "
     "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
     "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and save that"
 )
 _QUANTIZED = "quantized weights, which are not read: convert the checkpoint that was quantized, and quantize at export"
 _KNOWN_CODE = {
-    "torch.distributed.": _SHARDED,
+    "torch.distributed.": SHARDED,
     "torchao.": _QUANTIZED,
     "bitsandbytes.": _QUANTIZED,
     "torch.ao.": _QUANTIZED,

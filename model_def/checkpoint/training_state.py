@@ -9,11 +9,11 @@ import torch
 
 from motrt.errors import CheckpointError
 from motrt.model_def.checkpoint.distributed import is_distributed, open_distributed
-from motrt.model_def.checkpoint.pickle_file import load_pickle
+from motrt.model_def.checkpoint.pickle_file import SHARDED, load_pickle
 from motrt.model_def.checkpoint.raw_state import RawState, renamed, state_from_mapping, state_from_safetensors
 
-STATE_KEYS = ("model_state_dict", "state_dict", "model")
-"""Where training runs put the weights. Nested keys are followed: Lightning and Hydra configurations nest."""
+STATE_KEYS = ("model_state_dict", "state_dict", "model", "module")
+"""Where training runs put the weights (``module``: DeepSpeed). Nested keys are followed, as Lightning nests them."""
 
 _MOST_NESTING = 4
 
@@ -34,6 +34,9 @@ def open_training_state(path: Path, is_known: Callable[[str], bool]) -> RawState
         return without_prefix(state_from_safetensors(path.name, [path]), is_known)
     inner, beside = inner_state(load_pickle(path), path)
     raw = state_from_mapping(path.name, inner, str(path))
+    flat = [name for name in raw.tensors if name.endswith("flat_param")]
+    if flat:
+        raise CheckpointError(f"{path} holds FSDP's flat parameters ({flat[0]}), which are {SHARDED}")
     return without_prefix(replace(raw, others={**beside, **raw.others}), is_known)
 
 

@@ -102,8 +102,9 @@ def test_an_adapters_rope_is_told(tmp_path: Path, native: State, scaled: bool, s
 # Meta's params.json.
 
 
-def test_a_params_json_of_llama_2_has_llama_2s_base(tmp_path: Path, native: State) -> None:
-    assembly = meta(tmp_path / "llama", native, rope_theta=None, vocab_size=-1)
+@pytest.mark.parametrize("vocab_size", [-1, None])
+def test_a_params_json_of_llama_2_has_llama_2s_base(tmp_path: Path, native: State, vocab_size: int | None) -> None:
+    assembly = meta(tmp_path / "llama", native, rope_theta=None, vocab_size=vocab_size)
     assert assembly.config.rope == RopeConfig(theta=10000.0, style="interleaved")
     assert "10000 is assumed, as Llama 1 and 2 have it" in notes(assembly)
 

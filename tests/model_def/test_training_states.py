@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from motrt.errors import CheckpointError
+from motrt.errors import CheckpointError, ConfigError
 from motrt.model_def.checkpoint.assemble import Assembly, convert_llama, convert_mot
 from motrt.model_def.checkpoint.sniff import describe_raw, kind_of
 from motrt.model_def.config import ModelConfig
@@ -90,6 +90,7 @@ def test_two_names_that_become_one_are_refused(tmp_path: Path, state: State) -> 
         lambda state: {"model_state_dict": {"model": state}, "step": 7},
         lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
         lambda state: state | {"optimizer": {"lr": 0.1}},
+        lambda state: {"module": state, "optimizer": None, "ds_version": "0.17"},
     ],
 )
 def test_a_nested_state_is_found_and_what_lies_beside_it_is_told(
@@ -282,3 +283,14 @@ def test_shards_of_a_distributed_run_are_named_as_such(tmp_path: Path, state: St
 
     with pytest.raises(CheckpointError, match=r"shards of a distributed run.*get_model_state_dict"):
         convert(saved(tmp_path, state | {"norm.weight": _Shard()}))
+
+
+def test_flat_parameters_are_named_as_such(tmp_path: Path, state: State) -> None:
+    with pytest.raises(CheckpointError, match=r"FSDP's flat parameters \(layers\.0\._flat_param\)"):
+        convert(saved(tmp_path, state | {"layers.0._flat_param": torch.ones(4)}))
+
+
+def test_a_llama_where_a_training_state_is_expected_is_named(tmp_path: Path, native: State) -> None:
+    folder = write_llama_meta(tmp_path / "llama", CONFIG, native)
+    with pytest.raises(ConfigError, match="it is a Llama: convert its folder with --llama"):
+        convert_mot(folder / "consolidated.00.pth", folder / "params.json")
