@@ -179,3 +179,14 @@ def test_kernels_are_counted_by_step_with_the_gaps_between_them() -> None:
     assert gpu_contender.kernels_of([], 2)["kernels"] == 0
     others = gpu_contender.kernels_of([span("spin_kernel(long)", 0, 100), span("Memcpy HtoD", 100, 102)], 1)
     assert others["copies"] == 1 and others["kernels"] == 0 and others["busy_us"] == 0
+
+
+def test_damaged_files_and_runs_at_once_are_tried_and_counted(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "hostile_files.py"), "--json", str(tmp_path / "found.json")]
+    command += ["--bits", "2", "--manifests", "4", "--checkpoints", "4", "--kills", "1", "--races", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads((tmp_path / "found.json").read_text())["outcomes"]
+    assert outcomes["bits"] == {"refused": 2}
+    counts = {name: sum(found.values()) for name, found in outcomes.items()}
+    assert counts == {"bits": 2, "manifests": 4, "checkpoints": 4, "kills": 1, "races": 1}
