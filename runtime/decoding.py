@@ -20,7 +20,8 @@ from motrt.runtime.sampling import Sampling, SamplingByModality, draw, fresh_see
 from motrt.runtime.schedule import Progress, Schedule, then
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import as_whole_numbers, check_prompts
-from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces
+from motrt.runtime.streaming import AudioFrame, FrameAssembler
+from motrt.runtime.text_pieces import TextPieces
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 
