@@ -11,15 +11,15 @@ everything back for as long as a model says bytes that are no UTF-8, and raises 
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from reprlib import repr as brief
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from motrt.errors import BackendError, MotrtError
+from motrt.errors import BackendError
+from motrt.runtime.tokenizer import tokenizer_faults
 
 _NUM_TOKENIZER_IDS = 2**32  # tokenizers skips ids that it does not know, and raises for those that its ids can not hold
 
@@ -31,17 +31,6 @@ _AFTER = {"Fuse", "Strip"}
 _MOST_STRIPPED = 4
 
 Settings = Mapping[str, Any]
-
-
-@contextmanager
-def tokenizer_faults(error: type[MotrtError], doing: str) -> Iterator[None]:
-    """Turn whatever the tokenizer raises into ``error``, a panic of its native code too: that is no ``Exception``."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as failure:
-        raise error(f"the tokenizer failed {doing}: {failure or type(failure).__name__}") from failure
 
 
 class TextPieces:
