@@ -295,7 +295,7 @@ class Engine:
     def _serve_a_turn(self) -> bool:
         """Whether there will be another."""
         with self._lock:
-            self._lock.wait_for(lambda: self._is_closing or not self._is_idle())
+            self._lock.wait_for(lambda: self._is_closing or bool(self.failure) or not self._is_idle())
             if self._is_closing or self.failure:
                 return False
             self._drop_unwanted()
