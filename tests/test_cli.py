@@ -368,10 +368,10 @@ def redirected(saying: str, where: str, proven: Path, **environment: str) -> "su
     return subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=proven)
 
 
-def test_text_that_the_output_has_no_letters_for_is_escaped(proven: Path) -> None:
-    command = [sys.executable, "-m", "motrt", "inspect", "--backends", "--no-such-option-世"]
+def test_text_that_the_output_has_no_letters_for_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "motrt", "init", str(tmp_path / "世"), "--preset", "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 0 and "\\u4e16: tiny" in done.stdout
 
 
 def test_what_libraries_print_is_not_in_the_document(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_an_observer_that_raises_harms_nobody(session: Session, caplog: pytest.L
         def token(self, modality: str) -> None:
             raise SystemExit(1)
 
-        finished = token
+        def finished(self, reason: str) -> None:
+            raise ValueError(reason)
 
     with Engine(session, observer=Raising()) as engine:
         assert len(in_time(lambda: tokens(engine.submit([1], max_tokens=3)))) == 3
@@ -163,7 +165,7 @@ def test_whatever_ends_the_thread_ends_every_request(
     go_on.set()
     for stream in streams:
         with pytest.raises(EngineClosedError, match=f"the engine is broken: .*{type(failure).__name__}"):
-            in_time(lambda stream=stream: tokens(stream))
+            in_time(partial(tokens, stream))
         assert stream.wait(TIME)
     in_time(engine._thread.join)
     assert not engine.is_alive
@@ -241,7 +243,7 @@ def test_two_readers_share_the_steps_and_both_end(session: Session) -> None:
             lambda stream: sorted(one for said in ThreadPoolExecutor(2).map(tokens, [stream, stream]) for one in said),
         ):
             stream = engine.submit([1], max_tokens=30)
-            assert in_time(lambda read=read, stream=stream: read(stream)) == sorted(session_tokens(session))
+            assert in_time(partial(read, stream)) == sorted(session_tokens(session))
 
 
 def session_tokens(session: Session) -> list[int]:
