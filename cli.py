@@ -1,23 +1,26 @@
 """The command line: parse, call one function, print where the result is.
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0 done (``verify``: PASS), 1 it could
-not be done (``verify``: FAIL), 2 wrong usage or input out of range, 3 ``verify`` says AMBIGUOUS. Heavy packages are
-imported inside the commands that need them.
+Results go to standard output, progress and errors to standard error; with --json, the document is all that standard output
+gets, whatever libraries print. Exit codes: 0 done (``verify``: PASS), 1 it could not be done (``verify``: FAIL), 2 wrong usage
+or input out of range, 3 ``verify`` says AMBIGUOUS. Heavy packages are imported inside the commands that need them.
 """
 
+import errno
+import io
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -45,10 +48,43 @@ CHECKS = ("size", "hash", "answer")
 DEFAULT_MAX_TOKENS = 64
 
 # Tables that are not read on a terminal are given room: a file has no width.
-results = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+results = Console(highlight=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 progress = Console(stderr=True, highlight=False)
 
+# Under this name click's context keeps the stream that is the document's alone.
+OUTPUT = "motrt.output"
+
+# What the system answers where a write has no room or no place; which file it was, it does not say.
+TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
 Command = Callable[..., None]
+
+
+class Program(click.Group):
+    """The commands, for a standard output that may be full or closed: that is a sentence, too, and exit code 1."""
+
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        """Run the command that the arguments name, as click does."""
+        if sys.stderr is None:
+            os.open(os.devnull, os.O_WRONLY)  # else the next file has its number, and what is said there
+        if sys.stdout is None:
+            refuse_output("standard output is closed:")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding has no letters for
+        try:
+            return super().main(*arguments, **named)
+        except OSError as failure:
+            if failure.filename is not None or failure.errno not in TAKES_NO_MORE:
+                raise
+            refuse_output(f"{failure.strerror}, on standard output or where files were being written: make room, or")
+
+
+def refuse_output(why: str) -> NoReturn:
+    """Say what takes no more, and leave; what is still held for standard output is let go."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    progress.print(f"[bold red]Error:[/bold red] {why} send it elsewhere", soft_wrap=True)
+    sys.exit(EXIT_FAILED)
 
 
 def mends(command: Command) -> Command:
@@ -57,7 +93,8 @@ def mends(command: Command) -> Command:
     @wraps(command)
     def mended(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with output_for_the_document() if kwargs.get("as_json") else nullcontext():
+                command(*args, **kwargs)
         except MotrtError as failure:
             report = {"report": failure.report} if isinstance(failure, ParityError) and failure.report else {}
             tell_failure(type(failure).__name__, str(failure), kwargs, report)
@@ -73,14 +110,27 @@ def mends(command: Command) -> Command:
 
 def tell_failure(kind: str, message: str, options: dict[str, Any], report: dict[str, Any]) -> None:
     """A sentence on standard error; for machines, the same as the one JSON document."""
+    progress.print(f"[bold red]Error:[/bold red] {escape(printable(message))}", soft_wrap=True)
     if options.get("as_json"):
         print_json({"error": kind, "message": message, **report})
-    progress.print(f"[bold red]Error:[/bold red] {escape(printable(message))}", soft_wrap=True)
 
 
 def print_json(values: Any) -> None:
     """One JSON document on standard output."""
-    click.echo(json.dumps(values, indent=2, default=str))
+    echo_document(json.dumps(values, indent=2, default=str))
+
+
+@contextmanager
+def output_for_the_document() -> Iterator[None]:
+    """Keep standard output for ``echo_document``: what libraries print goes to standard error."""
+    click.get_current_context().meta[OUTPUT] = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def echo_document(text: str) -> None:
+    """Text on the standard output that the program was given."""
+    click.echo(text, file=click.get_current_context().meta.get(OUTPUT))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
@@ -88,7 +138,7 @@ out_argument = click.argument("out", type=click.Path(path_type=Path))
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="motrt", message="%(prog)s %(version)s")
 def main() -> None:
     """Export, run and prove routed text/audio expert models."""
@@ -599,7 +649,7 @@ def bench(bundle: Path, num_prompt: int, num_tokens: int, batch_size: int, backe
     if not as_json:
         for one in bench_tables(found):
             results.print(one)
-    click.echo(json.dumps(found))
+    echo_document(json.dumps(found))
 
 
 @contextmanager

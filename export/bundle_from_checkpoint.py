@@ -50,7 +50,8 @@ from motrt.runtime.bundle import (
 from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import KnownAnswer
-from motrt.runtime.load import open_session, other_ways, read_tokenizer
+from motrt.runtime.load import open_session, other_ways
+from motrt.runtime.tokenizer import read_tokenizer
 from motrt.runtime.versions import installed_versions
 
 logger = logging.getLogger(__name__)

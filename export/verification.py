@@ -18,7 +18,8 @@ from motrt.export.report_page import check_writable, write_report
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.runtime.bundle import Bundle, open_bundle
-from motrt.runtime.load import open_session, other_ways, read_tokenizer, source_of
+from motrt.runtime.load import open_session, other_ways, source_of
+from motrt.runtime.tokenizer import read_tokenizer
 from motrt.runtime.versions import installed_versions, version_differences
 
 

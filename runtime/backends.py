@@ -87,7 +87,7 @@ def _onnxruntime(provider: str = "CPUExecutionProvider") -> str:
     if provider != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
-    session = ort.InferenceSession(SQUARE, options, providers=[provider])
+    session = ort.InferenceSession(SQUARE, options, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
         raise _UnusableError(f"onnxruntime {ort.__version__} fell back to the CPU: it finds no CUDA or cuDNN libraries")
     _expect(session.run(None, {"x": _ASKED})[0], _KNOWN)

@@ -5,6 +5,7 @@ The change-over is here: the head that predicts a token is the *next* token's mo
 each step.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from reprlib import repr as brief
@@ -20,7 +21,11 @@ from motrt.runtime.sampling import Sampling, SamplingByModality, draw, fresh_see
 from motrt.runtime.schedule import Progress, Schedule, then
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import as_whole_numbers, check_prompts
-from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces
+from motrt.runtime.streaming import AudioFrame, FrameAssembler
+from motrt.runtime.text_pieces import TextPieces
+from motrt.runtime.tokenizer import doubled_start, encode_text
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 
@@ -214,6 +219,10 @@ class Row:
         goes_on = self.finish is None and self.next_modality == 0
         return piece if goes_on else piece + self._pieces.flush()
 
+    def rest(self) -> str:
+        """The text that is still held back, for a row that is ended from outside."""
+        return "" if self._pieces is None else self._pieces.flush()
+
     def _remember(self, token: int) -> None:
         modality = self.config.modality_of(token)
         self._seen[modality].add(token - self.config.id_ranges[modality].start)
@@ -236,11 +245,13 @@ def encode(text: str, session: Session) -> list[int]:
     """The ids of a text prompt.
 
     Raises:
-        InputError: when the bundle carries no tokenizer, or one that is not this model's, or the text gives no id.
+        InputError: when the bundle carries no tokenizer, or one that is not this model's, when the tokenizer can not encode
+            the text, or the text gives no id.
     """
     if session.tokenizer is None:
         raise InputError("this bundle carries no tokenizer: give the prompt as ids, or export from a checkpoint with one")
-    ids: list[int] = session.tokenizer.encode(text).ids
+    encoded = encode_text(session.tokenizer, text)
+    ids: list[int] = encoded.ids
     if not ids:
         raise InputError("the prompt is empty: the tokenizer makes no id of it")
     num_text_ids = session.config.modalities[0].vocab_size
@@ -248,6 +259,13 @@ def encode(text: str, session: Session) -> list[int]:
         raise InputError(
             f"the tokenizer makes id {max(ids)} of the prompt, and the model's text ids are 0..{num_text_ids - 1}: put the "
             "tokenizer that the model was trained with beside its checkpoint, and export again"
+        )
+    if not session.told_of_doubled_start and (doubled := doubled_start(encoded)) is not None:
+        session.told_of_doubled_start = True
+        logger.warning(
+            "the prompt's text begins with %s, and the tokenizer puts one before every text: the model reads two. Leave it out "
+            "of the text, or give ids, where that is not meant",
+            doubled,
         )
     return ids
 

@@ -6,28 +6,32 @@ decode step for all rows that are running, whatever their modalities and positio
 chunk, never by its length. One thread of the engine's own does all of that; callers hand requests in and take steps out from
 any thread, or from an event loop.
 
-A row's tokens depend on its own prompt, schedule, sampling and seed (see ``decoding``): never on who shares its batch. An
+A row's tokens depend on its own prompt, schedule, sampling and seed (see ``decoding``): never on who shares its batch. Nor does
+it matter to others what a request's own schedule or the tokenizer raises; and whatever ends the thread ends every request. An
 engine knows token ids; text comes in and out only through the tokenizer that the session may carry. It knows nothing of HTTP.
 """
 
-import asyncio
 import itertools
 import logging
-import queue
+import os
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from motrt.errors import BackendError, BusyError, EngineClosedError, InputError
-from motrt.runtime.decoding import Prompt, Row, Step, prepare_rows
+from motrt.errors import BackendError, BusyError, EngineClosedError, InputError, MotrtError
+from motrt.runtime.decoding import Prompt, Step, prepare_rows
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.sampling import SamplingByModality
 from motrt.runtime.schedule import Schedule
 from motrt.runtime.session import Logits, Session
+from motrt.runtime.stream import CANCELLED, DEADLINE, Stream, refuse_another_process
+
+__all__ = ["CANCELLED", "DEADLINE", "Engine", "EngineObserver", "EngineOptions", "EngineState", "Stream"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +45,6 @@ PASS_COST = 3
 # Ids of prompts that are read for each row of a step. A row of a step costs about what two ids of a prompt do, so reading
 # delays those who decode by about a step; and answers that are half as long as their prompts still keep the batch full.
 READ_PER_ROW = 2
-
-# How a request ends beside what ``Step.finish`` knows.
-CANCELLED, DEADLINE = "cancelled", "deadline"
 
 
 @dataclass(frozen=True)
@@ -113,108 +114,6 @@ class EngineState:
     failure: str = ""
 
 
-_END = object()
-
-
-class Stream:
-    """One request's steps, as they come. Iterate over it, or ``async for`` over ``events``; ``cancel`` ends it early.
-
-    Attributes:
-        number: of the request, counted by the engine.
-        finish: how it ended; None while it goes on.
-        error: what ended it, where something went wrong.
-        admitted: when it left the queue, by the monotonic clock; None while it waits.
-    """
-
-    def __init__(self, number: int, row: Row, priority: int, deadline: float | None) -> None:
-        self.number, self.row, self.priority, self.deadline = number, row, priority, deadline
-        self.finish: str | None = None
-        self.error: BaseException | None = None
-        self.started = time.monotonic()
-        self.admitted: float | None = None
-        self.last_token: float | None = None
-        self._is_cancelled = threading.Event()
-        self._ended = threading.Event()
-        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-
-    # What callers do.
-
-    def cancel(self) -> None:
-        """Let go of the request: its row is free before the next step. A request that has ended stays as it is."""
-        self._is_cancelled.set()
-
-    def __iter__(self) -> Iterator[Step]:
-        """Each step as it comes.
-
-        Raises:
-            MotrtError: what ended the request, where something went wrong.
-        """
-        try:
-            while (step := self._steps.get()) is not _END:
-                yield step
-        finally:
-            self.cancel()
-        if self.error is not None:
-            raise self.error
-
-    async def events(self) -> AsyncIterator[Step]:
-        """The same in an event loop: nothing blocks it."""
-        loop, wake = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = (loop, wake)
-        try:
-            while True:
-                try:
-                    step = self._steps.get_nowait()
-                except queue.Empty:
-                    await wake.wait()
-                    wake.clear()
-                    continue
-                if step is _END:
-                    break
-                yield step
-        finally:
-            self._wake = None
-            self.cancel()
-        if self.error is not None:
-            raise self.error
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Whether the request has ended within so long."""
-        return self._ended.wait(seconds)
-
-    # What the engine does.
-
-    @property
-    def is_unwanted(self) -> str | None:
-        """Why the request should not go on; None where it should."""
-        if self._is_cancelled.is_set():
-            return CANCELLED
-        return DEADLINE if self.deadline is not None and time.monotonic() >= self.deadline else None
-
-    def give(self, step: Step) -> None:
-        self._put(step)
-
-    def end(self, finish: str, error: BaseException | None = None) -> bool:
-        """Whether it had not ended before."""
-        if self.finish is not None:
-            return False
-        self.finish, self.error = finish, error
-        self._put(_END)
-        self._ended.set()
-        return True
-
-    def _put(self, value: Any) -> None:
-        self._steps.put(value)
-        wake = self._wake
-        if wake is not None:
-            loop, event = wake
-            try:
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self.cancel()
-
-
 @dataclass
 class _Reading:
     """A prompt that is being read into a cache of its own."""
@@ -253,7 +152,9 @@ class Engine:
         self.session, self.options, self.observer = session, options or EngineOptions(), observer or EngineObserver()
         if session.most_rows is not None and session.most_rows < self.options.max_batch:
             raise InputError(f"max_batch must be at most {session.most_rows}: this backend takes no more rows")
+        session.refuse_closed()
         self.failure = ""
+        self._process = os.getpid()
         self._numbers = itertools.count()
         self._lock = threading.Condition()
         self._waiting: list[Stream] = []
@@ -293,8 +194,9 @@ class Engine:
             InputError: for values out of range.
             CapacityError: for prompt and tokens that are more than the model holds.
             BusyError: when the queue is full.
-            EngineClosedError: when the engine is closing, or broken.
+            EngineClosedError: when the engine is closing, or broken, or another process's.
         """
+        refuse_another_process(self._process)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise InputError(f"priority must be a whole number ({priority!r} came)")
         if seconds is not None and not (isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0):
@@ -304,15 +206,15 @@ class Engine:
             raise InputError(f"a request is one prompt ({len(rows)} came): hand in each by itself")
         deadline = None if seconds is None else time.monotonic() + seconds
         stream = Stream(next(self._numbers), rows[0], priority, deadline)
+        has_begun = rows[0].begins()
         with self._lock:
-            if self._is_closing or self._is_draining or self.failure:
+            if self._is_closing or self._is_draining or not self.is_alive:
                 raise EngineClosedError(self.failure or "the engine is closing and takes no more requests")
             if len(self._waiting) >= self.options.max_queue + self._room():
-                self.observer.refused("queue full")
+                self._tell("refused", "queue full")
                 raise BusyError(f"{len(self._waiting)} requests are waiting and no more are taken: try again later")
-            if not rows[0].begins():
-                stream.end("schedule" if rows[0].limit else "length")
-                self.observer.finished(stream.finish or "")
+            if not has_begun:
+                self._finish(stream, "schedule" if rows[0].limit else "length")
                 return stream
             self._waiting.append(stream)
             self._lock.notify_all()
@@ -326,8 +228,14 @@ class Engine:
         """The same for ``async for``. Options are ``submit``'s."""
         return self.submit(prompt, **options).events()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are being served: by a thread that runs in this process, until the engine is closed or breaks."""
+        return os.getpid() == self._process and self._thread.is_alive() and not self._is_closing and not self.failure
+
     def state(self) -> EngineState:
-        """How the engine stands now."""
+        """How the engine stands now; EngineClosedError in a process that was forked off its own."""
+        refuse_another_process(self._process)
         with self._lock:
             cache = self._batch.cache
             return EngineState(
@@ -342,14 +250,20 @@ class Engine:
             )
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """End the engine: requests that are not done within ``drain_seconds`` end with EngineClosedError."""
+        """End the engine: requests that are not done within ``drain_seconds`` end with EngineClosedError.
+
+        Raises:
+            EngineClosedError: in a process that was forked off the engine's.
+        """
+        refuse_another_process(self._process)
+        is_own = threading.current_thread() is self._thread  # a request's schedule, say, which can not wait for itself
         with self._lock:
             self._is_draining = True
             self._lock.notify_all()
-            self._lock.wait_for(self._is_idle, timeout=drain_seconds)
+            self._lock.wait_for(self._is_idle, timeout=0.0 if is_own else drain_seconds)
             self._is_closing = True
             self._lock.notify_all()
-        if threading.current_thread() is not self._thread:
+        if not is_own:
             self._thread.join()
 
     def __enter__(self) -> "Engine":
@@ -370,15 +284,18 @@ class Engine:
         try:
             while self._serve_a_turn():
                 pass
-        except Exception as failure:  # memory that can not be had for a batch, say: nobody may wait for ever
+            if self.failure:
+                logger.error("the engine takes no more requests: %s", self.failure)
+        except BaseException as failure:  # memory that can not be had for a batch, say: nobody may wait for ever
+            self.failure = f"the engine is broken: {_said(failure)}"
             logger.exception("the engine is broken")
-            self.failure = f"the engine is broken: {failure!r}"
-        self._end_all(EngineClosedError(self.failure or "the engine was closed before this request was done"))
+        finally:
+            self._end_all(EngineClosedError(self.failure or "the engine was closed before this request was done"))
 
     def _serve_a_turn(self) -> bool:
         """Whether there will be another."""
         with self._lock:
-            self._lock.wait_for(lambda: self._is_closing or not self._is_idle())
+            self._lock.wait_for(lambda: self._is_closing or bool(self.failure) or not self._is_idle())
             if self._is_closing or self.failure:
                 return False
             self._drop_unwanted()
@@ -395,23 +312,32 @@ class Engine:
         """Whether ``work`` could be done. What fails ends the requests that were in it, and no others."""
         try:
             work()
-        except Exception as failure:
+        except BaseException as failure:
             logger.exception("%s failed: %d requests end", what, len(streams))
-            told = failure if isinstance(failure, BackendError) else BackendError(f"{what} failed: {failure!r}")
+            told = failure if isinstance(failure, BackendError) else BackendError(f"{what} failed: {_said(failure)}")
             self._failures[what] += 1
             with self._lock:
                 for stream in streams:
                     self._finish(stream, "error", told)
                 self._reading = deque(one for one in self._reading if one.stream.finish is None)
                 if self._failures[what] >= MOST_FAILURES:
-                    self.failure = f"{what} failed {self._failures[what]} times in a row, the last time with: {failure}"
+                    self.failure = f"{what} failed {self._failures[what]} times in a row, the last time with: {_said(failure)}"
             return False
         self._failures[what] = 0
         return True
 
     def _finish(self, stream: Stream, finish: str, error: Exception | None = None) -> None:
+        if finish == DEADLINE:
+            stream.rest = _rest(stream)
         if stream.end(finish, error):
-            self.observer.finished(finish)
+            self._tell("finished", finish)
+
+    def _tell(self, what: str, *facts: Any) -> None:
+        """The observer; what it raises is its own affair."""
+        try:
+            getattr(self.observer, what)(*facts)
+        except BaseException:
+            logger.exception("the engine's observer failed at %s", what)
 
     def _drop_unwanted(self) -> None:
         """Whoever is cancelled or late leaves: from the queue, from reading, from the batch."""
@@ -429,8 +355,8 @@ class Engine:
             chosen.admitted = time.monotonic()
             try:
                 cache = self.session.new_cache(1, len(chosen.row.prompt) + 1)
-            except Exception as failure:
-                self._finish(chosen, "error", failure if isinstance(failure, BackendError) else BackendError(repr(failure)))
+            except BaseException as failure:
+                self._finish(chosen, "error", failure if isinstance(failure, BackendError) else BackendError(_said(failure)))
                 continue
             self._reading.append(_Reading(chosen, cache))
 
@@ -512,7 +438,7 @@ class Engine:
         with self._lock:
             self._steps += 1
             self._rows_stepped += len(going)
-        self.observer.decoded(len(going), time.perf_counter() - started)
+        self._tell("decoded", len(going), time.perf_counter() - started)
 
     def _take(self, answers: Sequence[tuple[Stream, Logits]]) -> None:
         """The next step of each stream. All are chosen before any is handed out, which wakes threads that want the GIL."""
@@ -522,22 +448,22 @@ class Engine:
                 self._hand_out(stream, step)
 
     def _choose(self, stream: Stream, logits: Logits) -> Step | None:
-        """None where no id can be chosen from the logits, which ends this stream alone."""
+        """None where no id can be chosen from the logits, or the request's schedule raises anything: this stream alone ends."""
         try:
             return stream.row.take(logits)
-        except Exception as failure:
-            told = failure if isinstance(failure, BackendError) else BackendError(f"no token could be chosen: {failure!r}")
+        except BaseException as failure:
+            told = failure if isinstance(failure, MotrtError) else BackendError(f"no token could be chosen: {_said(failure)}")
             self._finish(stream, "error", told)
             return None
 
     def _hand_out(self, stream: Stream, step: Step) -> None:
         now = time.monotonic()
         if stream.last_token is None:
-            self.observer.first_token(now - stream.started)
+            self._tell("first_token", now - stream.started)
         else:
-            self.observer.next_token(now - stream.last_token)
+            self._tell("next_token", now - stream.last_token)
         stream.last_token = now
-        self.observer.token(step.modality)
+        self._tell("token", step.modality)
         stream.give(step)
         if step.finish is not None:
             self._finish(stream, step.finish)
@@ -548,3 +474,16 @@ class Engine:
                 self._finish(stream, "error", failure)
             self._waiting, self._reading, self._batch = [], deque(), _Batch()
             self._lock.notify_all()
+
+
+def _said(failure: BaseException) -> str:
+    """Its class and its words, even where it can not say them itself."""
+    return traceback.format_exception_only(failure)[-1].strip()
+
+
+def _rest(stream: Stream) -> str:
+    """What the row's text holds back; nothing where its tokenizer can not say."""
+    try:
+        return stream.row.rest()
+    except BackendError:
+        return ""

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from motrt.errors import BackendError, BundleError, CheckpointError, InputError
 from motrt.model_def.graph import CANONICAL
@@ -14,9 +13,7 @@ from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import check_answer
 from motrt.runtime.session import Session
 from motrt.runtime.tensorrt_library import FLAVOURS
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from motrt.runtime.tokenizer import read_tokenizer
 
 BACKENDS = ("auto", *ORDER)
 
@@ -249,19 +246,3 @@ def _with_tokenizer(session: Session, path: Path | None) -> Session:
         session.close()
         raise
     return session
-
-
-def read_tokenizer(path: Path) -> "Tokenizer":
-    """The tokenizer in a ``tokenizer.json``.
-
-    Raises:
-        BundleError: when the library can not read it.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as failure:  # tokenizers raises plain Exception
-        raise BundleError(
-            f"{path} is no tokenizer that `tokenizers` can read ({failure}): mend the checkpoint's, and export again"
-        ) from None

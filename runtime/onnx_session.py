@@ -138,9 +138,9 @@ class OnnxSession(Session):
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         name, settings = self._provider(graph)
-        try:
+        try:  # a fallback would be another backend, and is told on standard output
             session = ort.InferenceSession(
-                instead or file, options, providers=[(name, settings)], disabled_optimizers=KEPT_APART
+                instead or file, options, providers=[(name, settings)], disabled_optimizers=KEPT_APART, enable_fallback=0
             )
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
@@ -256,7 +256,9 @@ def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:
     """
     options = session_options(folder, num_threads, exact_activations=True)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART)
+        return ort.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART, enable_fallback=0
+        )
     except Exception as failure:  # onnxruntime's exceptions share no base of their own
         raise BackendError(f"onnxruntime {ort.__version__} can not run a part of {folder}: {failure}") from failure
 

@@ -4,8 +4,11 @@ A session holds weights and no state of any conversation: caches are made by it,
 token ids; text comes in only through the tokenizer that a bundle may carry (``decoding``).
 """
 
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,7 +46,8 @@ class Session(ABC):
     """A loaded model. Use as a context manager, or call ``close``.
 
     Threads may share a session, as long as each has its own cache: a pass changes nothing but the cache it is given.
-    Once closed, every call is a ``BackendError``.
+    Once closed, every call is a ``BackendError``; so it is in a process that was forked off the one that opened the session,
+    where its threads are not.
 
     Attributes:
         config: what the model is.
@@ -53,6 +57,7 @@ class Session(ABC):
         conditioning: how many times more than usual the model amplifies rounding; 1 where nobody has measured it.
         weights: what the weights are stored as, for people: ``int4``, or the precision again.
         tokenizer: turns text into ids and back; None where the bundle carries none.
+        told_of_doubled_start: whether it was said that a prompt's text brings a start token that the tokenizer adds, too.
         smallest_capacity: positions of the smallest cache; the model's maximum where its graphs know no other.
         most_rows: of a batch; None: as many as memory holds.
         longest_pass: new tokens per row that one pass of ``prefill`` takes, where nothing else is said.
@@ -68,6 +73,10 @@ class Session(ABC):
     activation_block: int | None = None
     conditioning: float = 1.0
     weights: str | None = None
+    told_of_doubled_start = False
+    _gate: threading.Condition
+    _inside: list[int]
+    _process: int
 
     # What a backend writes: four small methods.
 
@@ -117,11 +126,42 @@ class Session(ABC):
 
     _is_closed = False
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """Give each session what ``close`` needs, whether or not a backend's ``__init__`` calls this class's."""
+        made = super().__new__(cls)
+        made._gate, made._inside, made._process = threading.Condition(), [], os.getpid()
+        return made
+
     def close(self) -> None:
-        """Let go of weights and memory; the session is unusable afterwards. Closing twice is closing once."""
-        if not self._is_closed:
+        """Let go of weights and memory; the session is unusable afterwards. Closing twice is closing once.
+
+        Whoever is in the middle of a pass ends it first, and has a BackendError at the next. In a forked process nothing is let
+        go of: it is the other's.
+        """
+        if self._process != os.getpid():
             self._is_closed = True
-            self.release()
+            return
+        caller = threading.get_ident()
+        with self._gate:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._gate.wait_for(lambda: all(one == caller for one in self._inside))
+        self.release()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep what a backend holds until the block has ended; raises as ``refuse_closed``."""
+        self._refuse_another_process()
+        with self._gate:
+            self.refuse_closed()
+            self._inside.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._inside.remove(threading.get_ident())
+                self._gate.notify_all()
 
     def __enter__(self: SessionType) -> SessionType:
         self.refuse_closed()
@@ -141,7 +181,8 @@ class Session(ABC):
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"a batch needs a whole number of rows, at least one ({batch_size!r} came)")
         capacity = capacity_for(num_positions, self.config.max_seq_len, self.smallest_capacity)
-        return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity), self)
+        with self._in_use():
+            return KVCache(np.zeros(batch_size, dtype=np.int64), capacity, self.make_buffers(batch_size, capacity), self)
 
     def reserve(self, cache: KVCache, num_positions: int) -> None:
         """Make room in every row for ``num_positions``, by buckets; what the cache holds stays.
@@ -152,7 +193,8 @@ class Session(ABC):
         self.refuse_closed()
         if num_positions > cache.capacity:
             capacity = capacity_for(num_positions, self.config.max_seq_len, self.smallest_capacity)
-            cache.buffers = self.grow_buffers(cache.buffers, capacity)
+            with self._in_use():
+                cache.buffers = self.grow_buffers(cache.buffers, capacity)
             cache.capacity = capacity
 
     def join_rows(self, rows: Sequence[tuple[KVCache, int]]) -> KVCache:
@@ -171,7 +213,8 @@ class Session(ABC):
         self._refuse_wrong_rows(rows)
         capacity = self.capacity_of(rows)
         lengths = np.array([cache.lengths[row] for cache, row in rows], dtype=np.int64)
-        return KVCache(lengths, capacity, self.join_buffers([(cache.buffers, row) for cache, row in rows], capacity), self)
+        with self._in_use():
+            return KVCache(lengths, capacity, self.join_buffers([(cache.buffers, row) for cache, row in rows], capacity), self)
 
     def replace_rows(self, cache: KVCache, rows: Mapping[int, tuple[KVCache, int]]) -> None:
         """Put copies of others' rows in the places of rows of ``cache``: how requests take the places of those that ended.
@@ -195,7 +238,8 @@ class Session(ABC):
             return
         self.reserve(cache, max(int(other.lengths[row]) for other, row in rows.values()))
         coming = {place: (other.buffers, row) for place, (other, row) in rows.items()}
-        cache.buffers = self.replace_buffers(cache.buffers, coming, cache.batch_size, cache.capacity)
+        with self._in_use():
+            cache.buffers = self.replace_buffers(cache.buffers, coming, cache.batch_size, cache.capacity)
         cache.lengths[list(rows)] = [other.lengths[row] for other, row in rows.values()]
 
     def capacity_of(self, rows: Sequence[tuple[KVCache, int]]) -> int:
@@ -224,7 +268,8 @@ class Session(ABC):
         self.refuse_closed()
         self._refuse_foreign(cache)
         check_inputs(inputs, self.config, cache.batch_size, cache.capacity)
-        return self.execute(inputs, cache)
+        with self._in_use():
+            return self.execute(inputs, cache)
 
     def prefill(
         self,
@@ -365,9 +410,17 @@ class Session(ABC):
         return generate(self, prompt, schedule=schedule, sampling=sampling, max_tokens=max_tokens, stop_ids=stop_ids)
 
     def refuse_closed(self) -> None:
-        """Raise BackendError where the session was closed."""
+        """Raise BackendError where the session was closed, or opened by the process that this one was forked off."""
+        self._refuse_another_process()
         if self._is_closed:
             raise BackendError("this session is closed: open the bundle again with motrt.load")
+
+    def _refuse_another_process(self) -> None:
+        if self._process != os.getpid():
+            raise BackendError(
+                f"this session was opened in process {self._process}, and process {os.getpid()} was forked off that without "
+                "its threads: open the bundle with motrt.load in each process"
+            )
 
     def _refuse_foreign(self, cache: KVCache) -> None:
         if not isinstance(cache, KVCache):

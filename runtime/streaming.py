@@ -1,8 +1,8 @@
-"""What generated ids become for a listener or a reader: frames of audio codes, and pieces of text.
+"""What generated ids become for a listener: frames of audio codes. What they become for a reader: ``text_pieces``.
 
 One object follows one row; it is pushed that row's ids as they come and knows nothing of the model, the session or other
 rows. Frames are flattened in time order, ``c0 c1 c2 c3`` of frame 0, then of frame 1, all codebooks sharing the modality's
-ids. Text needs a tokenizer, which the caller brings.
+ids.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from motrt.errors import InputError, raise_all
 from motrt.model_def.config import Modality, ModelConfig
-
-# What an unfinished UTF-8 character decodes to. A character takes at most four bytes, so at most three are waiting.
-_REPLACEMENT, _MOST_WAITING = "\ufffd", 3
-
-_NUM_TOKENIZER_IDS = 2**32  # tokenizers skips ids that it does not know, and raises for those that its ids can not hold
 
 
 @dataclass(frozen=True)
@@ -140,60 +134,6 @@ def seconds_of(config: ModelConfig, modality: str, num_frames: int) -> float | N
     """
     rate = config.modalities[_index(config, modality)].frames_per_second
     return None if rate is None else num_frames / rate
-
-
-class TextPieces:
-    """Turns one row's text ids into text as it becomes certain, never half a character.
-
-    The pieces and the flush, put together, are what decoding all ids at once gives. tokenizers' own ``DecodeStream`` is not
-    used: it can not be asked at the end for what it still holds, holds everything back for as long as a model says bytes
-    that are no UTF-8, and raises for ids beyond 32 bits.
-
-    Args:
-        tokenizer: whose ids will be pushed: the text range's, counted from its start.
-        skip_special_tokens: whether ids such as the end of the text are left out of it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        # A few ids suffice: those since the last certain place, after those of the piece before it, because some decoders
-        # treat the first token apart (a leading space). Of their text, so many characters were given already.
-        self._ids: list[int] = []
-        self._num_given = 0
-        self._num_context_ids = 0
-
-    def push(self, token_id: int) -> str:
-        """The text that this id made certain: often a word, sometimes nothing. An id that the tokenizer lacks is nothing."""
-        if not 0 <= token_id < _NUM_TOKENIZER_IDS:
-            return ""
-        self._ids.append(int(token_id))
-        text = self._decode(self._ids)
-        waiting = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MOST_WAITING)
-        piece = text[self._num_given : len(text) - waiting]
-        self._num_given += len(piece)
-        if waiting == 0:
-            self._move_on(piece)
-        return piece
-
-    def flush(self) -> str:
-        """What is still held back, at the end or where another modality takes over: half a character shows as U+FFFD."""
-        rest = self._decode(self._ids)[self._num_given :]
-        if rest:  # half a character must not join what comes later
-            self._ids, self._num_given, self._num_context_ids = [], 0, 0
-        return rest
-
-    def _move_on(self, piece: str) -> None:
-        """All text so far is given: its newest ids become the context, and older ones are let go."""
-        if piece:
-            del self._ids[: self._num_context_ids]
-        elif self._num_given:
-            self._ids.pop()  # an id without text (special, or unknown) is no context
-        self._num_context_ids = len(self._ids)
-        self._num_given = len(self._decode(self._ids))
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def _index(config: ModelConfig, modality: str) -> int:

@@ -166,7 +166,7 @@ class Answer:
         codes = [list(frame.codes) for frame in frames if frame.modality == name]
         reason = None if finish is None else _REASONS.get(finish)
         return Choice(
-            text="".join(step.text for step in steps),
+            text="".join(step.text for step in steps) + ("" if finish is None else self.stream.rest),
             token_ids=[step.token_id for step in steps],
             audio=Frames(modality=name, frames=codes) if codes and name is not None else None,
             finish_reason=reason,

@@ -67,7 +67,7 @@ class Service:
         self.options = options
         self.observer = observer or EngineObserver()
         self.engine: Engine | None = source if isinstance(source, Engine) else None
-        self.load_failure: Exception | None = None
+        self.load_failure: BaseException | None = None
         self.is_draining = False
         self._loader = None if isinstance(source, Engine) else source
         self._is_warm = False
@@ -139,7 +139,7 @@ class Service:
                 warm_up(self.engine)
                 self.engine.observer = self.observer
                 self._is_warm = True
-        except Exception as failure:
+        except BaseException as failure:  # a panic of native code is no Exception, and nobody may wait for ever
             if not self.is_draining:
                 self.load_failure = failure
                 logger.error("the model could not be loaded: %s", failure)

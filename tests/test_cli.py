@@ -1,6 +1,8 @@
 """The command line from end to end: every command, in its two voices (tables and JSON), and its exit codes."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from motrt.cli import main
 from motrt.export import verification
@@ -315,10 +317,106 @@ def test_every_command_explains_itself(command: str) -> None:
         assert "--json" in result.stdout
 
 
-def test_the_output_of_a_run_whose_reader_left_is_no_traceback(proven: Path) -> None:
-    command = f"{sys.executable} -m motrt generate {proven / 'bundle'} --prompt-ids 0 --max-tokens 100 | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
+SAYING: dict[str, tuple[str, ...]] = {
+    "help": ("--help",),
+    "version": ("--version",),
+    "tables": ("inspect", "--backends"),
+    "a document": ("inspect", "--backends", "--json"),
+    "a stream": ("generate", "{bundle}", "--prompt-ids", "0", "--max-tokens", "100"),
+    "a stream as a document": ("generate", "{bundle}", "--prompt-ids", "0", "--max-tokens", "3", "--json"),
+    "an error as a document": ("generate", "nowhere", "--prompt-ids", "0", "--json"),
+}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("saying", SAYING)
+def test_a_full_standard_output_is_a_sentence(saying: str, unbuffered: str, proven: Path) -> None:
+    done = redirected(saying, ">/dev/full", proven, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert "Error: No space left on device, on standard output" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("saying", ["version", "a stream", "a document"])
+@pytest.mark.parametrize(("where", "said"), [(">&-", "standard output is closed"), ("1</dev/null", "Bad file descriptor")])
+def test_a_closed_standard_output_is_a_sentence(saying: str, where: str, said: str, proven: Path) -> None:
+    done = redirected(saying, where, proven)
+    assert done.returncode == 1
+    assert f"Error: {said}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_said_anywhere_is_an_exit_code_all_the_same(proven: Path) -> None:
+    assert redirected("a stream", ">&- 2>&-", proven).returncode == 1
+    assert redirected("a stream", "2>&-", proven).returncode == 0
+
+
+@pytest.mark.parametrize("saying", ["tables", "a stream", "an error as a document"])
+def test_a_reader_that_left_is_no_traceback(saying: str, proven: Path) -> None:
+    assert "Traceback" not in redirected(saying, "| true", proven).stderr
+
+
+def redirected(saying: str, where: str, proven: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A command whose output goes elsewhere, by the shell's own means."""
+    words = [one.format(bundle=proven / "bundle") for one in SAYING[saying]]
+    command = f"exec {shlex.join([sys.executable, '-m', 'motrt', *words])} {where}"
+    return subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=proven)
+
+
+def test_text_that_the_output_has_no_letters_for_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "motrt", "init", str(tmp_path / "世"), "--preset", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\u4e16: tiny" in done.stdout
+
+
+def test_what_libraries_print_is_not_in_the_document(proven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from motrt.runtime import load
+
+    opened = load.open_session
+
+    def noisy(*arguments: Any) -> Any:
+        print("*************** EP Error ***************")
+        return opened(*arguments)
+
+    monkeypatch.setattr(load, "open_session", noisy)
+    for command in (
+        ("generate", proven / "bundle", "--prompt-ids", "0"),
+        ("bench", proven / "bundle", "--prompt", "4", "--tokens", "2"),
+    ):
+        result = run(*command, "--json")
+        assert json.loads(result.stdout) and "EP Error" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "said"), [(("--prompt", "x y"), 2, "this text into ids"), (("--prompt-ids", "1"), 1, "ids [")]
+)
+def test_a_tokenizer_that_fails_or_panics_is_a_sentence(
+    option: tuple[str, str], code: int, said: str, proven: Path, tmp_path: Path
+) -> None:
+    """It has nothing for unknown words, and its native code panics at every token: none is so long."""
+    shutil.copytree(proven / "model", tmp_path / "model")
+    made = Tokenizer(models.WordLevel({" " * number: number for number in range(96)}, unk_token="[UNK]"))
+    made.decoder = decoders.Strip(" ", 0, 100)
+    made.save(str(tmp_path / "model" / "tokenizer.json"))
+    assert run("export", tmp_path / "model", tmp_path / "b", "--no-verify").exit_code == 0
+    for extra in ((), ("--json",)):
+        result = run("generate", tmp_path / "b", *option, "--max-tokens", "3", *extra)
+        assert result.exit_code == code
+        assert "Error: the tokenizer failed at turning" in result.stderr and said in result.stderr
+
+
+def test_a_start_token_that_is_there_twice_is_told_once(proven: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(proven / "model", tmp_path / "model")
+    made = Tokenizer(models.WordLevel({"<s>": 0, "hello": 1, "?": 2}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.add_special_tokens(["<s>"])
+    made.save(str(tmp_path / "model" / "tokenizer.json"))
+    assert run("export", tmp_path / "model", tmp_path / "b", "--no-verify").exit_code == 0
+    for prompt, count, num_told in (("hello", 2, 0), ("<s>hello", 3, 1), ("hello <s>", 3, 0)):
+        caplog.clear()
+        told = run_json("generate", tmp_path / "b", "--prompt", prompt, "--max-tokens", "2")
+        assert told["phases"][0]["tokens"] == count
+        assert [one.levelname for one in caplog.records if "begins with <s>" in one.message] == ["WARNING"] * num_told
 
 
 def test_a_bundle_that_can_not_be_written_to_is_read_all_the_same(proven: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from motrt.errors import InputError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.step_inputs import as_whole_numbers
+from motrt.runtime.tokenizer import encode_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,7 +83,10 @@ def _sequence(line: str, config: ModelConfig, tokenizer: "Tokenizer | None") -> 
             return None, "text, and the bundle carries no tokenizer: give ids"
         if not isinstance(value["text"], str):
             return None, "text must be a string"
-        listed = tokenizer.encode(value["text"]).ids
+        try:
+            listed = encode_text(tokenizer, value["text"]).ids
+        except InputError as failure:
+            return None, str(failure)
     elif isinstance(value, dict) and set(value) != {"ids"}:
         return None, f"an object of {', '.join(sorted(map(str, value)))[:80] or 'nothing'}, where ids or text should be alone"
     return _checked(listed, config)

@@ -162,3 +162,23 @@ def test_the_reference_of_a_bundle_has_the_bundles_length_and_is_the_very_checkp
     init_checkpoint(tmp_path / "model", ModelConfig.tiny(), seed=1)
     with pytest.raises(CheckpointError, match="its hash differs"):
         load(tmp_path / "bundle", "torch")
+
+
+def test_a_provider_that_fails_is_an_error_and_no_other_takes_its_place_with_words_on_standard_output(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    asked: list[object] = []
+    opened = onnxruntime.InferenceSession._create_inference_session
+
+    def fails_once(session: object, providers: object, *rest: object) -> object:
+        asked.append(providers)
+        if len(asked) == 1:
+            raise RuntimeError("planted")
+        return opened(session, providers, *rest)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fails_once)
+    with pytest.raises(BackendError, match="planted"):
+        load(tiny_bundle, backend="onnxruntime")
+    assert capsys.readouterr().out == ""

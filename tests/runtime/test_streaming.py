@@ -1,17 +1,15 @@
-"""Streamed against whole: frames, text, and the way back from frames to ids."""
+"""Streamed against whole: frames, and the way back from frames to ids."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from motrt.errors import InputError
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
-from motrt.runtime.streaming import AudioFrame, FrameAssembler, TextPieces, flatten_frames, frames_from_tokens, seconds_of
+from motrt.runtime.streaming import AudioFrame, FrameAssembler, flatten_frames, frames_from_tokens, seconds_of
 
 TINY = ModelConfig.tiny()  # text: ids 0..95, alone; audio: ids 96..127, four a frame
 MANY = TINY.replace(modalities=(*TINY.modalities, Modality("speech", 10, SwigluExpert(8), codes_per_frame=3)))
@@ -19,9 +17,6 @@ SIZES = {"audio": 32, "speech": 10}
 CODES = {"audio": 4, "speech": 3}
 
 unified_ids = st.lists(st.integers(0, MANY.vocab_size - 1), max_size=80)
-
-
-# --- frames ------------------------------------------------------------------------------------------------------------
 
 
 def frames_by_slicing(ids: list[int], modality: str) -> list[AudioFrame]:
@@ -115,103 +110,3 @@ def test_fifty_frames_are_one_second_and_text_takes_no_time() -> None:
     assert seconds_of(ModelConfig.preset("llama-3.2-1b"), "audio", 50) == 1.0
     assert seconds_of(TINY, "audio", 75) == 1.5
     assert seconds_of(TINY, "text", 50) is None
-
-
-# --- text --------------------------------------------------------------------------------------------------------------
-
-END = "<|end|>"
-
-
-@pytest.fixture(scope="module")
-def byte_level() -> Tokenizer:
-    """Llama 3's kind: tokens are runs of bytes, so a character may need several."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(["hello hello world", "你好,世界。你好", "😀😃 smile 😀"], trainer)
-    return tokenizer
-
-
-def id_of(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    assert found is not None
-    return found
-
-
-def streamed(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    pieces = TextPieces(tokenizer)
-    return [*map(pieces.push, ids), pieces.flush()]
-
-
-@given(st.text(max_size=40) | st.text(alphabet="ab 你😀\ufffdé", max_size=40))
-def test_pieces_and_flush_are_the_whole_text(byte_level: Tokenizer, text: str) -> None:
-    ids = byte_level.encode(text).ids
-    pieces = streamed(byte_level, ids)
-    assert "".join(pieces) == byte_level.decode(ids) == text
-    if "\ufffd" not in text:
-        assert pieces[-1] == ""  # whole characters wait for nobody
-        assert all("\ufffd" not in piece for piece in pieces)
-
-
-@given(st.lists(st.integers(0, 340), max_size=60))
-def test_whatever_ids_a_model_says_the_pieces_are_the_whole_text(byte_level: Tokenizer, ids: list[int]) -> None:
-    """Special ids, ids that the tokenizer lacks, and bytes that are no UTF-8 among them."""
-    assert "".join(streamed(byte_level, ids)) == byte_level.decode(ids)
-
-
-def test_text_is_given_as_soon_as_it_is_certain(byte_level: Tokenizer) -> None:
-    ids = [id_of(byte_level, byte) for byte in ("a", "Ã", "©", "b")]  # a, the two bytes of é, b
-    assert streamed(byte_level, ids) == ["a", "", "é", "b", ""]
-
-
-def test_flush_gives_half_a_character_and_starts_anew(byte_level: Tokenizer) -> None:
-    first_half, second_half = id_of(byte_level, "Ã"), id_of(byte_level, "©")
-    pieces = TextPieces(byte_level)
-    assert pieces.push(first_half) == ""
-    assert pieces.flush() == "\ufffd"
-    assert pieces.flush() == ""
-    assert pieces.push(second_half) + pieces.push(id_of(byte_level, "b")) == "\ufffdb"
-
-
-def test_bytes_that_never_become_characters_do_not_hold_the_text_back_for_ever(byte_level: Tokenizer) -> None:
-    never = id_of(byte_level, "ÿ")
-    assert len("".join(map(TextPieces(byte_level).push, [never] * 20))) >= 17
-
-
-def test_special_ids_are_left_out_unless_asked_for(byte_level: Tokenizer) -> None:
-    end = id_of(byte_level, END)
-    assert TextPieces(byte_level).push(end) == ""
-    assert TextPieces(byte_level, skip_special_tokens=False).push(end) == END
-
-
-@pytest.mark.parametrize("token_id", [-1, 5000, 2**31, 2**32, 2**70])
-def test_an_id_the_tokenizer_does_not_know_is_no_text(byte_level: Tokenizer, token_id: int) -> None:
-    ids = byte_level.encode("你好").ids
-    assert "".join(streamed(byte_level, [ids[0], token_id, *ids[1:]])) == "你好"
-
-
-def test_numpy_ids_are_ids(byte_level: Tokenizer) -> None:
-    ids = np.array(byte_level.encode("hello").ids)
-    assert "".join(streamed(byte_level, ids)) == "hello"
-
-
-@given(st.lists(st.sampled_from(["▁a", "b", "▁", "▁cd"]), max_size=12), st.integers(0, 12))
-def test_a_decoder_that_trims_the_first_space_trims_no_other_even_after_a_flush(tokens: list[str], flush_at: int) -> None:
-    vocabulary = {"▁a": 0, "b": 1, "▁": 2, "▁cd": 3}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="b"))
-    tokenizer.decoder = decoders.Metaspace()
-    ids = [vocabulary[token] for token in tokens]
-    pieces = TextPieces(tokenizer)
-    text = "".join(pieces.push(token_id) for token_id in ids[:flush_at]) + pieces.flush()
-    text += "".join(pieces.push(token_id) for token_id in ids[flush_at:]) + pieces.flush()
-    assert text == tokenizer.decode(ids)
-
-
-def test_byte_fallback_tokens_become_characters_when_the_last_byte_is_there() -> None:
-    vocabulary = {"<0xE4>": 0, "<0xBD>": 1, "<0xA0>": 2, "x": 3}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="x"))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    assert streamed(tokenizer, [3, 0, 1, 2, 3]) == ["x", "", "", "你", "x", ""]

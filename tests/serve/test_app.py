@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 import motrt
 from motrt.errors import BackendError, ParityError
@@ -97,6 +98,29 @@ def test_when_time_is_up_what_has_come_is_the_answer(serve: Serve, slowly: Slowl
         said = served.ask(max_tokens=100, timeout_seconds=0.2).json()["choices"][0]
     assert (said["finish_reason"], said["finish_detail"]) == ("length", "deadline")
     assert 0 < len(said["token_ids"]) < 100
+
+
+def test_when_time_is_up_the_text_is_that_of_all_ids(serve: Serve, slowly: Slowly) -> None:
+    """Every id is a byte, and no run of them is over before the time is."""
+    made = Tokenizer(models.WordLevel({f"<0x{byte:02X}>": byte for byte in range(96)}, unk_token="<0x00>"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    with serve() as served:
+        slowly(served.engine, 0.02)
+        served.engine.session.tokenizer = made
+        asked: dict[str, Any] = {"schedule": "text", "max_tokens": 100, "timeout_seconds": 0.2}
+        whole = served.ask(**asked).json()["choices"]
+        pieces = [one["choices"][0] for one in pieces_of(served.ask(**asked, stream=True))]
+    for said in (whole, pieces):
+        ids = [one for choice in said for one in choice["token_ids"]]
+        assert said[-1]["finish_detail"] == "deadline" and 0 < len(ids) < 100
+        assert "".join(choice["text"] for choice in said) == made.decode(ids) != ""
+
+
+def test_text_that_the_tokenizer_can_not_encode_is_the_clients(serve: Serve) -> None:
+    with serve() as served:
+        served.engine.session.tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+        error_of(served.ask(prompt="b"), 400, "invalid_value")
+        assert served.ask(prompt="a", max_tokens=1).status_code == 200
 
 
 def test_the_models_are_the_one_that_is_served(served: Served) -> None:
