@@ -51,7 +51,7 @@ from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import KnownAnswer
 from motrt.runtime.load import open_session, other_ways, read_tokenizer
-from motrt.runtime.versions import installed_versions
+from motrt.runtime.versions import EXPORT_PACKAGES, installed_versions, refuse_older
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ def export_bundle(
         BackendError: where what the target is compiled with is not to be had here.
         ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
     """
+    refuse_older(*EXPORT_PACKAGES)
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
     options = _engine_options(target, engine_options)

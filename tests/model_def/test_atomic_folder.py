@@ -185,7 +185,7 @@ def test_a_folder_that_another_run_put_in_the_place_of_ours_is_not_written(
 def test_a_folder_that_another_run_published_before_it_was_locked_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leftover: Path
 ) -> None:
-    _meanwhile(monkeypatch, lambda: os.rename(leftover, tmp_path / "model"))
+    _meanwhile(monkeypatch, lambda: leftover.rename(tmp_path / "model"))
     with pytest.raises(CheckpointError, match="exists already"), new_folder(tmp_path / "model", None, CheckpointError):
         raise AssertionError("the block must not run")
     assert _names(tmp_path) == ["model"]
