@@ -135,7 +135,7 @@ def export_bundle(
         BackendError: where what the target is compiled with is not to be had here.
         ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
     """
-    refuse_older(*EXPORT_PACKAGES)
+    refuse_older(*EXPORT_PACKAGES, *(("onnxruntime",) if verify else ()))  # before the hours that some exports take
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
     options = _engine_options(target, engine_options)

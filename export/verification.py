@@ -64,7 +64,7 @@ def verify_bundle(
         CheckpointError: when the checkpoint is not there, is not the one that the bundle was made of, or makes no numbers.
         BackendError: when nothing here can run the bundle.
     """
-    refuse_older(*EXPORT_PACKAGES)
+    refuse_older(*EXPORT_PACKAGES, "onnxruntime")
     steps, options = steps or Steps(), options or VerifyOptions()
     if options.report is not None:
         check_writable(options.report)
