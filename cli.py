@@ -163,7 +163,10 @@ def tell_backends(as_json: bool) -> None:
 
 
 def needs_export_packages() -> None:
-    """Say what is missing before anything is done, where torch or onnx are not installed."""
+    """Say what is missing or too old before anything is done, where torch or onnx are not installed."""
+    from motrt.runtime.versions import EXPORT_PACKAGES, refuse_older
+
+    refuse_older(*EXPORT_PACKAGES)
     try:
         import onnx  # noqa: F401
         import torch  # noqa: F401

@@ -52,7 +52,7 @@ from motrt.runtime.gpu import find_gpus
 from motrt.runtime.known_answer import KnownAnswer
 from motrt.runtime.load import open_session, other_ways
 from motrt.runtime.tokenizer import read_tokenizer
-from motrt.runtime.versions import installed_versions
+from motrt.runtime.versions import EXPORT_PACKAGES, installed_versions, refuse_older
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ def export_bundle(
         BackendError: where what the target is compiled with is not to be had here.
         ParityError: when the gate says FAIL; the report stands in its ``report`` attribute.
     """
+    refuse_older(*EXPORT_PACKAGES, *(("onnxruntime",) if verify else ()))  # before the hours that some exports take
     steps, out = steps or Steps(), Path(out)
     checkpoint = open_checkpoint(checkpoint_path)
     options = _engine_options(target, engine_options)

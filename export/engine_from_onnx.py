@@ -29,6 +29,7 @@ from motrt.runtime.bundle import sha256_of
 from motrt.runtime.engine_record import EngineRecord
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.tensorrt_library import FLAVOURS, spec_of, tensorrt_for_building
+from motrt.runtime.versions import refuse_older
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,7 @@ def _control_group(name: str) -> str:
 
 def _polygraphy(flavour: str) -> Any:
     """Polygraphy's TensorRT loaders, for one flavour: it chooses when they are imported, once for the process."""
+    refuse_older("polygraphy")
     import polygraphy.config
 
     wanted = flavour == "tensorrt-rtx"

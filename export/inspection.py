@@ -13,7 +13,7 @@ from motrt.errors import BundleError, InputError, MotrtError
 from motrt.export.onnx_check import census
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
-from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, stored_tensor
+from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, read_graph, stored_tensor
 from motrt.model_def.checkpoint.assemble import Assembly, convert_llama, convert_mot
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.llama import META_PARAMS
@@ -60,7 +60,7 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     if kind == "native":
         return {"kind": "native checkpoint", **_checkpoint(open_checkpoint(where), steps)}
     if kind == "bundle":
-        with steps.step("hash the bundle", sum(one.stat().st_size for one in where.iterdir())) as advance:
+        with steps.step("hash the bundle", open_bundle(where).num_bytes) as advance:
             bundle = open_bundle(where, "hash", advance)
         return {"kind": "bundle", **_bundle(bundle, steps)}
     if kind == "onnx":
@@ -170,7 +170,7 @@ def _reader(bundle: Bundle) -> Read:
     """The weights that the canonical graph holds, or what its codes stand for."""
     if bundle.manifest.quantization is not None:
         return QuantizedWeights(bundle.model_path, bundle.config, bundle.manifest.quantization).read
-    stored = {one.name: one for one in _model_proto(bundle.model_path).graph.initializer}
+    stored = {one.name: one for one in read_graph(bundle.model_path).graph.initializer}
 
     def read(name: str) -> torch.Tensor:
         if name not in stored:
@@ -248,7 +248,10 @@ def _configurations_beside(where: Path) -> list[Path]:
 
 
 def _onnx(file: Path, steps: Steps) -> dict[str, Any]:
-    model = _model_proto(file)
+    try:
+        model = read_graph(file)
+    except BundleError as failure:  # the file that was asked for, and no bundle's
+        raise InputError(str(failure)) from None
     initializers = list(model.graph.initializer)
     beside, absent = data_files(initializers, file.parent)
     total_bytes = sum(map(num_bytes, initializers))
@@ -274,16 +277,6 @@ def _onnx(file: Path, steps: Steps) -> dict[str, Any]:
 def _is_weight(tensor: onnx.TensorProto) -> bool:
     """Single values are a graph's constants, the infinity of a mask among them."""
     return tensor.data_type in TORCH_OF_ONNX and prod(tensor.dims) > 1
-
-
-def _model_proto(file: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as failure:  # protobuf's own exceptions
-        raise InputError(f"{file} is no ONNX file ({failure})") from None
-    if not model.graph.node:
-        raise InputError(f"{file} is no ONNX file: it holds no graph")
-    return model
 
 
 def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from onnx import TensorProto
 from motrt.errors import ExportError, raise_all
 from motrt.export.onnxruntime_operators import ATTENTION, DOMAIN, NORM
 from motrt.export.quantized_graph import stored_specs
+from motrt.export.stored_weights import read_graph
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
@@ -51,7 +52,7 @@ def check_onnx(
         onnx.checker.check_model(model_file, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as failure:
         raise ExportError(f"{model_file} is no valid ONNX: {failure}") from failure
-    model = onnx.load(model_file, load_external_data=False)
+    model = read_graph(model_file)
     signature = Signature.of(graph, config, dtype)
     raise_all(ExportError, "the graph does not keep the contract:", contract_problems(model, signature))
     weights = weight_problems(model, config, dtype, graph, quantization)

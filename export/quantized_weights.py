@@ -6,13 +6,12 @@ that one finds the other's faults.
 
 from pathlib import Path
 
-import onnx
 import torch
 from torch import Tensor
 
 from motrt.errors import BundleError
 from motrt.export.quantize import BlockScales, choose_scales, codes_under, dequantize, squared_errors
-from motrt.export.stored_weights import stored_tensor
+from motrt.export.stored_weights import read_graph, stored_tensor
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import parameters
@@ -36,7 +35,7 @@ class QuantizedWeights:
     def __init__(self, model_file: Path, config: ModelConfig, quantization: Quantization) -> None:
         self.model_file, self.quantization = model_file, quantization
         self._folder, self._signed = model_file.parent, quantization.signed
-        self._stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
+        self._stored = {one.name: one for one in read_graph(model_file).graph.initializer}
         self.coded = quantization.coded_weights(parameters(config))
         self.halves = [one.name for one in parameters(config) if (how := quantization.format_of(one)) and not how.is_coded]
         self._holder = {part.name: one for one in self.coded for part in one.parts}

@@ -1,6 +1,6 @@
 """Initializers of an ONNX graph and the files that their values lie in.
 
-A graph may name any file of the machine: only its neighbours are read.
+A graph may name any file of the machine: only its neighbours are read, which may be links.
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from motrt.errors import BundleError
 from motrt.model_def.checkpoint.native import is_plain_name
+from motrt.model_def.file_problem import file_problem
 
 TORCH_OF_ONNX: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -27,6 +28,21 @@ TORCH_OF_ONNX: dict[int, torch.dtype] = {
 }
 
 _HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
+
+
+def read_graph(file: Path) -> onnx.ModelProto:
+    """The graph in an ONNX file; values that lie elsewhere are left there.
+
+    Raises:
+        BundleError: when it is no ONNX file.
+    """
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as failure:  # protobuf's own exceptions
+        raise BundleError(f"{file} is no ONNX file ({failure}): fetch or export it again") from None
+    if not model.graph.node:
+        raise BundleError(f"{file} is no ONNX file: it holds no graph")
+    return model
 
 
 def dtype_name(data_type: int) -> str:
@@ -60,7 +76,7 @@ def data_place(tensor: TensorProto) -> tuple[str, str, str]:
 
 def weight_places(model_file: Path, names: Iterable[str], dtype: str) -> dict[str, tuple[int, int]]:
     """First byte and number of bytes in the graph's one data file, of those of ``names`` that are stored there as ``dtype``."""
-    stored = {one.name: one for one in onnx.load(model_file, load_external_data=False).graph.initializer}
+    stored = {one.name: one for one in read_graph(model_file).graph.initializer}
     found = [stored[name] for name in names if name in stored]
     return {
         one.name: (int(data_place(one)[1]), num_bytes(one))
@@ -113,4 +129,4 @@ def _entries(tensor: TensorProto) -> dict[str, str]:
 
 
 def _is_beside(name: str, folder: Path) -> bool:
-    return is_plain_name(name) and (folder / name).is_file() and (folder / name).resolve().parent == folder.resolve()
+    return is_plain_name(name) and file_problem(folder / name) is None

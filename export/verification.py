@@ -20,7 +20,7 @@ from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.runtime.bundle import Bundle, open_bundle
 from motrt.runtime.load import open_session, other_ways, source_of
 from motrt.runtime.tokenizer import read_tokenizer
-from motrt.runtime.versions import installed_versions, version_differences
+from motrt.runtime.versions import EXPORT_PACKAGES, installed_versions, refuse_older, version_differences
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def verify_bundle(
         CheckpointError: when the checkpoint is not there, is not the one that the bundle was made of, or makes no numbers.
         BackendError: when nothing here can run the bundle.
     """
+    refuse_older(*EXPORT_PACKAGES, "onnxruntime")
     steps, options = steps or Steps(), options or VerifyOptions()
     if options.report is not None:
         check_writable(options.report)
-    total = sum(one.stat().st_size for one in Path(path).iterdir()) if Path(path).is_dir() else 0
-    with steps.step("hash the bundle", total) as advance:
+    with steps.step("hash the bundle", open_bundle(path).num_bytes) as advance:
         bundle = open_bundle(path, "hash", advance)
     extras = _extras(bundle, options)
     if backend == "onnxruntime":

@@ -15,6 +15,7 @@ import numpy as np
 from motrt.errors import MotrtError
 from motrt.runtime.gpu import find_gpus
 from motrt.runtime.tensorrt_library import tensorrt_module
+from motrt.runtime.versions import refuse_older
 
 # Best first: what ``auto`` takes, where it can be used and the bundle has what it needs.
 ORDER = ("tensorrt", "tensorrt-rtx", "cuda", "onnxruntime", "torch")
@@ -79,6 +80,7 @@ def _onnxruntime(provider: str = "CPUExecutionProvider") -> str:
 
     import motrt.runtime.onnx_session  # noqa: F401  the sentence about a missing package is there
 
+    refuse_older(onnxruntime=ort.__version__)
     if provider not in ort.get_available_providers():
         instead = "install `motrt[gpu]` in place of `motrt[cpu]`"
         raise _UnusableError(f"onnxruntime {ort.__version__} is built without CUDA: {instead}")
@@ -106,6 +108,7 @@ def _torch() -> str:
         import torch
     except ImportError as missing:
         raise _UnusableError(f"PyTorch can not be imported ({missing}): install `motrt[export]`") from None
+    refuse_older(torch=torch.__version__)
     _expect((torch.from_numpy(_ASKED) @ torch.from_numpy(_ASKED)).numpy(), _KNOWN)
     return f"torch {torch.__version__}"
 

@@ -2,11 +2,13 @@
 
 The manifest is written last: no manifest, no bundle. It carries the size and hash of every other file and a hash of
 itself, so any flipped byte of any file is found: the manifest's always, the others' by size always and by hash when
-asked. This file imports neither torch nor onnx nor onnxruntime.
+asked. Nothing else is read: graphs that would read other files are refused (``graph_file``). Files may be links, to wherever:
+what is hashed is what a session reads. This file imports neither torch nor onnx nor onnxruntime.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +17,13 @@ from typing import Any
 
 from motrt.errors import BundleError, ConfigError, raise_all
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.file_problem import file_problem, folder_problem
 from motrt.model_def.graph import TARGETS, Graph, Target
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 from motrt.runtime.engine_record import EngineRecord
+from motrt.runtime.graph_file import graph_problems
 from motrt.runtime.known_answer import KnownAnswer
 
 # Bump when an older runtime could misread the folder.
@@ -150,6 +154,11 @@ class Bundle:
         return self.path / MODEL_FILE
 
     @property
+    def num_bytes(self) -> int:
+        """Of all files that the manifest names."""
+        return sum(one.num_bytes for one in self.manifest.files.values())
+
+    @property
     def tokenizer_path(self) -> Path | None:
         return self.path / TOKENIZER_FILE if TOKENIZER_FILE in self.manifest.files else None
 
@@ -190,7 +199,7 @@ def is_bundle(path: Path) -> bool:
 
 
 def open_bundle(path: str | Path, check: str = "size", progress: Callable[[int], None] = lambda num_bytes: None) -> Bundle:
-    """Read and check a bundle's manifest and files.
+    """Read and check a bundle's manifest, files and graphs.
 
     Args:
         path: the folder.
@@ -198,29 +207,37 @@ def open_bundle(path: str | Path, check: str = "size", progress: Callable[[int],
         progress: told the bytes hashed.
 
     Raises:
-        BundleError: when it is no bundle, of a newer version, or damaged; every damaged file is named.
+        BundleError: when it is no bundle, of a newer version, damaged, or holds a graph that no export writes; every file that
+            is at fault is named.
         ValueError: for another ``check``.
     """
     if check not in ("size", "hash"):
         raise ValueError(f"check must be 'size' or 'hash' ({check!r} came)")
     folder = Path(path)
     manifest = _manifest_from(folder, _read_manifest(folder))
-    problems = [problem for name, record in manifest.files.items() if (problem := _size_problem(folder, name, record))]
+    absent = [problem for name in manifest.files if (problem := _absence(folder, name))]
+    raise_all(BundleError, f"{folder} is not whole; fetch or export it again:", absent)
+    problems = [problem for name, record in manifest.files.items() if (problem := _size_problem(folder / name, record))]
     raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
     if check == "hash":
         problems = [
             problem for name, record in manifest.files.items() if (problem := _hash_problem(folder / name, record, progress))
         ]
         raise_all(BundleError, f"{folder} is damaged; export it again:", problems)
+    names = (MODEL_FILE, *(graph.file_name for graph in manifest.graphs))
+    problems = [problem for name in names for problem in graph_problems(folder / name, WEIGHTS_FILE)]
+    raise_all(BundleError, f"{folder} holds what no export writes, and is not opened; export it again:", problems)
     return Bundle(folder, manifest)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST_FILE
-    if not folder.is_dir():
-        raise BundleError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}: give a bundle's folder")
-    if not file.is_file():
+    if problem := folder_problem(folder):
+        raise BundleError(f"{folder} {problem}: give a bundle's folder")
+    if not os.path.lexists(file):
         raise BundleError(f"{folder} has no {MANIFEST_FILE}, so it is no bundle: make one with `motrt export`")
+    if problem := file_problem(file):
+        raise BundleError(f"{file} {problem}: fetch or export the bundle again")
     try:
         if file.stat().st_size > _MOST_MANIFEST_BYTES:
             raise BundleError(f"{file} has {file.stat().st_size} bytes, so it is no manifest: export the bundle again")
@@ -304,16 +321,17 @@ def _engine_problems(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _size_problem(folder: Path, name: str, record: FileRecord) -> str | None:
+def _absence(folder: Path, name: str) -> str | None:
+    """Why there is no file of this name to be read; None where there is."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        return f"{name!r} is no plain file name"
-    file = folder / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.resolve().parent != folder.resolve():
-        return f"{name} is a link out of the bundle"
+        return f"{name!r} is no plain file name: a bundle's files lie in its own folder"
+    problem = file_problem(folder / name)
+    return f"{name} {problem}" if problem else None
+
+
+def _size_problem(file: Path, record: FileRecord) -> str | None:
     size = file.stat().st_size
-    return None if size == record.num_bytes else f"{name} has {size} bytes, {record.num_bytes} were exported"
+    return None if size == record.num_bytes else f"{file.name} has {size} bytes, {record.num_bytes} were exported"
 
 
 def _hash_problem(file: Path, record: FileRecord, progress: Callable[[int], None]) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 from motrt.errors import BackendError
 from motrt.runtime.cuda_compiler import CudaModule, compiled
 from motrt.runtime.gpu import Gpu, find_gpus
+from motrt.runtime.versions import refuse_older
 
 _OLDEST_COMPILED_FOR = (8, 0)
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may go on allocating
@@ -52,6 +53,7 @@ class CudaDevice:
     """
 
     def __init__(self) -> None:
+        refuse_older("polygraphy")
         try:
             from polygraphy import cuda
             from polygraphy.logger import G_LOGGER

@@ -1,4 +1,4 @@
-"""What the manifest says of one compiled engine, and whether it can run here. Standard library alone.
+"""What the manifest says of one compiled engine, and whether it can run here. Imports no library.
 
 An engine is code for one flavour and version of TensorRT, and for some GPUs: nothing is deserialised before the record is
 compared with the machine, and nothing whose hash the manifest does not bear.
@@ -10,6 +10,7 @@ from typing import Any
 
 from motrt.model_def.graph import Graph
 from motrt.model_def.signature import BATCH, NEW_TOKENS, NUM_LOGITS
+from motrt.runtime.versions import version_numbers
 
 # What people call a symbolic dim, in errors.
 DIM_NAMES = {BATCH: "rows", NEW_TOKENS: "new tokens per row", NUM_LOGITS: "rows of logits"}
@@ -113,7 +114,7 @@ class EngineRecord:
         built, here = self.versions.get(module), versions[module]
         if built is None:
             problems.append(f"it was built by {self.flavour}, and {module} {here} would run it")
-        elif built != here and not (self.options.get("version_compatible") and _numbers(here) >= _numbers(built)):
+        elif built != here and not (self.options.get("version_compatible") and version_numbers(here) >= version_numbers(built)):
             problems.append(f"it was built by {module} {built}, and {here} is installed here")
         if self.compute_capabilities and compute_capability not in self.compute_capabilities:
             capabilities = ", ".join(self.compute_capabilities)
@@ -121,7 +122,7 @@ class EngineRecord:
         if self.flavour == "tensorrt" and self.gpu != gpu:
             if not self.options.get("hardware_compatible"):
                 problems.append(f"it was built on {self.gpu}, and this is {gpu}")
-            elif _numbers(compute_capability) < (8,):
+            elif version_numbers(compute_capability) < (8,):
                 problems.append(f"it was built for Ampere and later, and {gpu} has compute capability {compute_capability}")
         return problems
 
@@ -132,11 +133,6 @@ class EngineRecord:
             for dim, size in sizes.items()
             if dim in self.ranges and not self.ranges[dim].least <= size <= self.ranges[dim].most
         ]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """``10.13.0`` as numbers, which order as versions do."""
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def record_of(records: Sequence[EngineRecord], graph: Graph) -> EngineRecord | None:

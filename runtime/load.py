@@ -14,6 +14,7 @@ from motrt.runtime.known_answer import check_answer
 from motrt.runtime.session import Session
 from motrt.runtime.tensorrt_library import FLAVOURS
 from motrt.runtime.tokenizer import read_tokenizer
+from motrt.runtime.versions import refuse_older
 
 BACKENDS = ("auto", *ORDER)
 
@@ -224,6 +225,7 @@ def _as_the_manifest_says(session: Session, bundle: Bundle) -> Session:
 
 def _torch_session(folder: Path, bundle: Bundle | None = None) -> tuple[Session, Path | None]:
     """The checkpoint in ``folder``; where it stands for a bundle, the very one, at the bundle's length."""
+    refuse_older("torch")
     try:
         from motrt.model_def.checkpoint.native import open_checkpoint
         from motrt.runtime.torch_session import TorchSession

@@ -209,7 +209,7 @@ class CudaOnnxSession(OnnxSession):
         return loaded
 
     def _options(self, graph: Graph, file: Path, shares: bool) -> Any:
-        options = session_options(file.parent, num_threads=0, exact_activations=True)
+        options = session_options(num_threads=0, exact_activations=True)
         options.add_session_config_entry(_SAY_WHERE, "1")
         options.add_session_config_entry(_WEIGHTS_APART, "1")
         if shares and self._shared is not None:

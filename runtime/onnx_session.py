@@ -25,10 +25,12 @@ from motrt.model_def.signature import (
     present_key,
     present_value,
 )
+from motrt.runtime.bundle import WEIGHTS_FILE
 from motrt.runtime.graph_choice import as_contract, choose, feed, num_logit_rows
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits, Session
 from motrt.runtime.step_inputs import StepInputs
+from motrt.runtime.versions import refuse_older
 
 try:
     import onnxruntime as ort
@@ -45,6 +47,8 @@ _ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1
 # With "1" codes are turned back once, when the graph is loaded, and products are plain ones.
 _TURN_BACK = "session.disable_quant_qdq"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+# Bytes that begin as one of onnxruntime's own files do would be taken for one, and nobody has looked through that.
+_FORMAT, _ONNX = "session.load_model_format", "ONNX"
 
 # It would make one operator of product and bias, and then none of codes, scales and product any more.
 KEPT_APART = ["MatMulAddFusion"]
@@ -118,7 +122,7 @@ class OnnxSession(Session):
             self.activation_block = quantization.activation_block(config)
         for graph in graphs:
             file = model if graph == CANONICAL else model.parent / graph.file_name
-            options = session_options(model.parent, num_threads, exact_activations, log_severity)
+            options = session_options(num_threads, exact_activations, log_severity)
             if exact_activations and quantization is not None and quantization.multiplies("int8", config):
                 options.add_session_config_entry(_TURN_BACK, "1")
             self._override(options, {one.name for one in graph.parameters(config)}, overrides or {})
@@ -138,10 +142,8 @@ class OnnxSession(Session):
 
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         name, settings = self._provider(graph)
-        try:  # a fallback would be another backend, and is told on standard output
-            session = ort.InferenceSession(
-                instead or file, options, providers=[(name, settings)], disabled_optimizers=KEPT_APART, enable_fallback=0
-            )
+        try:
+            session = _inference_session(instead or file, file.parent, options, (name, settings))
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure
@@ -254,23 +256,46 @@ def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:
     Raises:
         BackendError: when onnxruntime can not run it.
     """
-    options = session_options(folder, num_threads, exact_activations=True)
+    options = session_options(num_threads, exact_activations=True)
     try:
-        return ort.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART, enable_fallback=0
-        )
+        return _inference_session(model, folder, options, ("CPUExecutionProvider", {}))
     except Exception as failure:  # onnxruntime's exceptions share no base of their own
         raise BackendError(f"onnxruntime {ort.__version__} can not run a part of {folder}: {failure}") from failure
 
 
-def session_options(folder: Path, num_threads: int, exact_activations: bool, log_severity: int = _ERRORS_ONLY) -> Any:
-    """How every graph is opened: see ``OnnxSession``; external data lie in ``folder``."""
+def session_options(num_threads: int, exact_activations: bool, log_severity: int = _ERRORS_ONLY) -> Any:
+    """How every graph is opened: see ``OnnxSession``.
+
+    Raises:
+        BackendError: when onnxruntime is too old.
+    """
+    refuse_older(onnxruntime=ort.__version__)
     options = ort.SessionOptions()
     options.log_severity_level = log_severity
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry(_ACCURACY_LEVEL, _EXACT if exact_activations else _ROUNDED)
-    options.add_session_config_entry(_DATA_FOLDER, str(folder))
+    options.add_session_config_entry(_FORMAT, _ONNX)
     return options
+
+
+def _inference_session(model: Path | bytes, folder: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
+    """A graph, of a file or serialised, in onnxruntime; its external data lie in ``folder``.
+
+    onnxruntime reads external data that lie, links followed, in the folder or beside the file that the graph lies in, and no
+    others, wherever a link may lead. Those are handed over in memory: that is slower, and takes as much again while it loads.
+    """
+    data = folder / WEIGHTS_FILE
+    near = [folder.resolve()]
+    if isinstance(model, bytes):
+        options.add_session_config_entry(_DATA_FOLDER, str(folder))
+    else:
+        near.append(model.resolve().parent)
+    values = None
+    if data.is_file() and data.resolve().parent not in near:
+        values = np.memmap(data, np.uint8, "r")  # in a name until the session is made: onnxruntime holds its address alone
+        options.add_external_initializers_from_files_in_memory([WEIGHTS_FILE], [values], [values.size])
+    # A fallback would be another backend, and is told on standard output.
+    return ort.InferenceSession(model, options, providers=[provider], disabled_optimizers=KEPT_APART, enable_fallback=0)
 
 
 def _specs(found: Sequence[Any]) -> tuple[TensorSpec, ...]:

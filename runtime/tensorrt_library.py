@@ -12,6 +12,7 @@ from typing import Any
 from motrt.errors import BackendError
 from motrt.model_def.signature import Signature, TensorSpec
 from motrt.runtime.gpu import find_gpus
+from motrt.runtime.versions import refuse_older
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,19 @@ def tensorrt_module(flavour: str) -> Any:
     """The module of ``flavour``.
 
     Raises:
-        BackendError: when it can not be imported, saying what is missing and what works without it.
+        BackendError: when it can not be imported, saying what is missing and what works without it, or is too old.
     """
     chosen = FLAVOURS[flavour]
     try:
-        return importlib.import_module(chosen.module)
+        module = importlib.import_module(chosen.module)
     except (ImportError, OSError) as missing:  # a wheel whose own libraries are not there raises either
         other = "" if flavour == "tensorrt-rtx" else "; --target tensorrt-rtx builds on any machine, for RTX GPUs"
         raise BackendError(
             f"{chosen.module} can not be imported ({missing}): install it with `pip install 'motrt[{flavour}]'` "
             f"(its libraries are packages of their own, and can be missing after an install that looked well){other}"
         ) from None
+    refuse_older(**{chosen.module: str(module.__version__)})
+    return module
 
 
 def tensorrt_for_building(flavour: str) -> Any:

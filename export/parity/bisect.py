@@ -29,6 +29,7 @@ from motrt.export.parity.graph_cuts import CutGraph
 from motrt.export.parity.part_values import LOGITS, Part, Values, parts, record, stream, whole_layer
 from motrt.export.parity.scenarios import SequenceMaker
 from motrt.export.steps import Steps
+from motrt.export.stored_weights import read_graph
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Cache, Decoder
 from motrt.model_def.graph import CANONICAL, Graph
@@ -227,7 +228,7 @@ def bisect(
         graph: which graph the file holds.
         folder: where to write the first part over its budget, with what it was fed (``failing_part``); None: nowhere.
     """
-    model = onnx.load(model_file, load_external_data=False)
+    model = read_graph(model_file)
     logits = "range_logits" if graph.is_step else LOGITS
     try:
         cuts = CutGraph(model, config, logits)

@@ -20,7 +20,7 @@ from motrt.export.onnx_from_module import ROPE_TABLES
 from motrt.export.parity.findings import Finding, judged
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Advance
-from motrt.export.stored_weights import stored_bytes
+from motrt.export.stored_weights import read_graph, stored_bytes
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
@@ -45,7 +45,7 @@ def contract_findings(
     quantization: Quantization | None = None,
 ) -> list[Finding]:
     """Ask P1 of ``model_file``; ``advance`` is told the bytes of each weight compared."""
-    model = onnx.load(model_file, load_external_data=False)
+    model = read_graph(model_file)
     plain = _weights_finding(model, model_file.parent, config, dtype, checkpoint, advance, quantization)
     findings = [
         judged(RUNG, "module has the parameters of its configuration", _module_problems(config)),

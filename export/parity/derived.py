@@ -23,7 +23,7 @@ from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import RUNG
 from motrt.export.parity.findings import Finding, judged
 from motrt.export.parity.scenarios import Scenario, pattern_scenarios
-from motrt.export.stored_weights import data_place
+from motrt.export.stored_weights import data_place, read_graph
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import Graph
 from motrt.model_def.quantization import Quantization
@@ -36,8 +36,8 @@ def derived_contract_findings(
     canonical_file: Path, graph: Graph, config: ModelConfig, dtype: str, quantization: Quantization | None = None
 ) -> list[Finding]:
     """P1 of one derived graph, which lies beside the canonical one."""
-    model = onnx.load(canonical_file.parent / graph.file_name, load_external_data=False)
-    canonical = onnx.load(canonical_file, load_external_data=False)
+    model = read_graph(canonical_file.parent / graph.file_name)
+    canonical = read_graph(canonical_file)
     return [
         judged(RUNG, "graph keeps the contract", contract_problems(model, Signature.of(graph, config, dtype))),
         judged(

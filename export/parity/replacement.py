@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from motrt.export.stored_weights import stored_bytes
+from motrt.export.stored_weights import read_graph, stored_bytes
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import Parameter, parameters
@@ -87,7 +87,7 @@ class OnnxReplacement:
 
     @cached_property
     def _stored(self) -> dict[str, TensorProto]:
-        return {one.name: one for one in onnx.load(self._file, load_external_data=False).graph.initializer}
+        return {one.name: one for one in read_graph(self._file).graph.initializer}
 
     @cached_property
     def _holder(self) -> dict[str, str]:
@@ -131,7 +131,7 @@ class OnnxReplacement:
     def _with_changed(self, change: Callable[[onnx.ModelProto], None]) -> OnnxSession:
         replaced = {}
         for graph in self._graphs:
-            model = onnx.load(self._file.parent / graph.file_name, load_external_data=False)
+            model = read_graph(self._file.parent / graph.file_name)
             change(model)
             replaced[graph] = model.SerializeToString()
         return self._open(replaced=replaced)

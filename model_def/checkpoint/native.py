@@ -2,11 +2,13 @@
 
 Over 4 GB the weights are sharded the way Hugging Face's are: ``model-00001-of-00002.safetensors``... and
 ``model.safetensors.index.json``. Names and shapes are those of ``motrt.model_def.parameters``, all of one float dtype.
-Reading and writing hold one tensor at a time. This file knows no foreign format and builds no module.
+Reading and writing hold one tensor at a time. Any of the files may be a link, to wherever; names that an index gives stay in
+the folder. This file knows no foreign format and builds no module.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from motrt.model_def.checkpoint.container import (
     write_tensor,
 )
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.file_problem import file_problem, folder_problem
 from motrt.model_def.parameters import parameters
 
 CONFIG_FILE = "config.json"
@@ -132,8 +135,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path: the folder.
 
     Raises:
-        CheckpointError: naming at once every file that is missing, damaged or outside the folder and every weight that is
-            missing, unexpected, misshapen or of another dtype.
+        CheckpointError: naming at once every file that is missing, damaged or named outside the folder and every weight that
+            is missing, unexpected, misshapen or of another dtype.
         ConfigError: when ``config.json`` describes no possible model.
     """
     folder = Path(path)
@@ -145,8 +148,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         problems = _index_problems(index, stored) if index is not None else []
         problems += _weight_problems(config, {name: tensors[0] for name, tensors in stored.items()})
     tokenizer = folder / TOKENIZER_FILE
-    if tokenizer.is_file():
-        problems += _outside(folder, tokenizer)
+    if os.path.lexists(tokenizer):
+        problems += _why_no_file(tokenizer)
     raise_all(
         CheckpointError,
         f"{folder} is not a whole native checkpoint; make it again with `motrt convert` or `motrt init`:",
@@ -267,17 +270,18 @@ def _still_finite(tensor: torch.Tensor, cast: torch.Tensor) -> bool:
 
 
 def _read_config(folder: Path) -> ModelConfig:
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if problem := folder_problem(folder):
         raise CheckpointError(
-            f"{folder} {what}: a native checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
+            f"{folder} {problem}: a native checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
             "other formats become one with `motrt convert`"
         )
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}, so it is not a native checkpoint: other formats become one with `motrt convert`"
         )
+    if problem := file_problem(file):
+        raise CheckpointError(f"{file} {problem}: fetch or write the checkpoint again")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:
@@ -293,25 +297,27 @@ def _read_config(folder: Path) -> ModelConfig:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
-    """The weight files that exist inside the folder, the index's weight map, and what is wrong with either."""
+    """The weight files that exist, the index's weight map, and what is wrong with either."""
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-    if single.is_file() and index.is_file():
+    if os.path.lexists(single) and os.path.lexists(index):
         return [], None, [f"both {WEIGHTS_FILE} and {INDEX_FILE} are there: remove the one that is not meant"]
-    if not index.is_file():
-        if not single.is_file():
+    if not os.path.lexists(index):
+        if not os.path.lexists(single):
             return [], None, [f"neither {WEIGHTS_FILE} nor {INDEX_FILE} is there"]
-        outside = _outside(folder, single)
-        return ([] if outside else [single]), None, outside
+        problems = _why_no_file(single)
+        return ([] if problems else [single]), None, problems
+    if problems := _why_no_file(index):
+        return [], None, problems
     weight_map = read_index(index)
-    problems: list[str] = []
     files: list[Path] = []
     for name in sorted(set(weight_map.values())):
-        file = folder / name
-        found = [f"{INDEX_FILE} names {name!r}, which is no plain file name"] if not is_plain_name(name) else []
-        found = found or ([f"{name} is missing"] if not file.is_file() else _outside(folder, file))
+        if not is_plain_name(name):
+            found = [f"{INDEX_FILE} names {name!r}, which is no plain file name: weights lie in the checkpoint's own folder"]
+        else:
+            found = _why_no_file(folder / name)
         problems += found
         if not found:
-            files.append(file)
+            files.append(folder / name)
     return files, weight_map, problems
 
 
@@ -336,10 +342,9 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
-def _outside(folder: Path, file: Path) -> list[str]:
-    if file.resolve().parent == folder.resolve():
-        return []
-    return [f"{file.name} is a link to {file.resolve()}, outside the folder: put the file itself there"]
+def _why_no_file(file: Path) -> list[str]:
+    problem = file_problem(file)
+    return [f"{file.name} {problem}"] if problem else []
 
 
 def _read_headers(files: Iterable[Path]) -> tuple[dict[str, list[StoredTensor]], list[str]]:

@@ -164,15 +164,24 @@ def test_an_onnx_files_data_are_looked_at_where_they_lie_beside_it(tmp_path: Pat
         inspect(tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("location", ["missing.bin", "../outside.bin", "link.bin"])
+@pytest.mark.parametrize("location", ["missing.bin", "../outside.bin", "link.bin", "loop.bin"])
 def test_an_onnx_files_data_elsewhere_are_named_and_not_opened(location: str, tmp_path: Path) -> None:
     (tmp_path / "outside.bin").write_bytes(bytes(16))
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "link.bin").symlink_to("../outside.bin")
+    (folder / "link.bin").symlink_to("../gone.bin")
+    (folder / "loop.bin").symlink_to("loop.bin")
     found = inspect(one_weight(folder, location))
     assert location in found["note"] and found["health"]["problems"] == []
     check_files(found, folder, {"m.onnx"})
+
+
+def test_an_onnx_files_data_behind_a_link_are_looked_at(tmp_path: Path) -> None:
+    torch.tensor([1.0, float("nan"), float("inf"), 0]).numpy().tofile(tmp_path / "blob")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "w.bin").symlink_to("../blob")
+    assert inspect(one_weight(folder, "w.bin"))["health"]["non_finite"] == [{"name": "w", "nan": 1, "inf": 1}]
 
 
 def test_what_is_nothing_known_is_said(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """A folder appears whole or not at all, whatever happens while it is written."""
 
 import errno
+import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +140,114 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another run is writing"), new_folder(out, None, CheckpointError):
             raise AssertionError("the block must not run")
     assert (out / "a").read_text() == "1"
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, does: Callable[[], None]) -> None:
+    """Let another run do something between the opening of the partial folder and its locking, once."""
+    lock, left = fcntl.flock, [does]
+
+    def flock(descriptor: int, operation: int) -> None:
+        if left:
+            left.pop()()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_a_folder_that_another_run_removed_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _meanwhile(monkeypatch, (tmp_path / ".model.partial").rmdir)
+    with new_folder(tmp_path / "model", None, CheckpointError) as partial:
+        (partial / "a").write_text("1")
+    assert _names(tmp_path / "model") == ["a"]
+
+
+def test_a_folder_that_another_run_put_in_the_place_of_ours_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, held = tmp_path / ".model.partial", []
+
+    def takes_over() -> None:
+        partial.rmdir()
+        partial.mkdir()
+        (partial / "theirs").write_text("2")
+        held.append(os.open(partial, os.O_RDONLY))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    _meanwhile(monkeypatch, takes_over)
+    with pytest.raises(CheckpointError, match="another run is writing"), new_folder(tmp_path / "model", None, CheckpointError):
+        raise AssertionError("the block must not run")
+    assert (partial / "theirs").read_text() == "2"
+    os.close(held[0])
+
+
+def test_a_folder_that_another_run_published_before_it_was_locked_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leftover: Path
+) -> None:
+    _meanwhile(monkeypatch, lambda: leftover.rename(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match="exists already"), new_folder(tmp_path / "model", None, CheckpointError):
+        raise AssertionError("the block must not run")
+    assert _names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "half").read_text() == "written"
+
+
+@pytest.mark.parametrize("is_well", [True, False])
+def test_a_folder_that_was_replaced_while_it_was_written_is_neither_published_nor_removed(
+    is_well: bool, tmp_path: Path
+) -> None:
+    with pytest.raises((CheckpointError, KeyError)) as caught, new_folder(tmp_path / "model", None, CheckpointError) as partial:
+        partial.rename(tmp_path / "elsewhere")
+        partial.mkdir()
+        (partial / "theirs").touch()
+        if not is_well:
+            raise KeyError
+    assert ("was removed or replaced while it was written" in str(caught.value)) == is_well
+    assert _names(tmp_path) == [".model.partial", "elsewhere"]
+    assert _names(tmp_path / ".model.partial") == ["theirs"]
+
+
+def test_what_another_run_publishes_at_the_last_moment_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "model", Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        out.mkdir()
+        (out / "theirs").touch()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(BundleError, match="exists already"), new_folder(out, None, BundleError):
+        pass
+    assert _names(tmp_path) == ["model"]
+    assert _names(out) == ["theirs"]
+
+
+def test_of_runs_that_begin_together_one_alone_makes_the_folder(tmp_path: Path) -> None:
+    """Locks are of open files, so threads exclude each other as processes do."""
+    rounds, runs = 60, 4
+    together = threading.Barrier(runs)
+    refused: list[str] = []
+
+    def run(number: int) -> None:
+        for turn in range(rounds):
+            together.wait(60)
+            try:
+                with new_folder(tmp_path / str(turn), None, CheckpointError) as partial:
+                    for name in "abc":
+                        (partial / f"{name}{number}").touch()
+            except CheckpointError as failure:
+                refused.append(str(failure))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(runs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == rounds * (runs - 1)
+    assert all("another run" in one or "exists already" in one for one in refused)
+    assert _names(tmp_path) == sorted(map(str, range(rounds)))
+    for folder in tmp_path.iterdir():
+        assert len({name[1] for name in _names(folder)}) == 1 and len(_names(folder)) == 3
 
 
 def test_what_appears_is_on_the_disk_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

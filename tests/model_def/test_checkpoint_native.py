@@ -210,7 +210,7 @@ def _index(folder: Path) -> tuple[Path, dict[str, dict[str, str]]]:
     return file, json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0b"])
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     written(tmp_path / "model", shard_bytes=40_000)
     file, index = _index(tmp_path / "model")
@@ -221,12 +221,32 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("shard_bytes", [40_000, 4_000_000_000])
-def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path, shard_bytes: int) -> None:
+def test_files_behind_links_are_the_same_checkpoint(tmp_path: Path, shard_bytes: int) -> None:
     checkpoint = written(tmp_path / "model", shard_bytes=shard_bytes)
-    weights = checkpoint.stored["norm.weight"].file
-    weights.rename(tmp_path / "elsewhere")
-    weights.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="outside the folder"):
+    before, value = checkpoint.sha256(), checkpoint.read("norm.weight")
+    for number, file in enumerate(checkpoint.files()):
+        file.rename(tmp_path / str(number))
+        file.symlink_to(f"../{number}")
+    (tmp_path / "link").symlink_to("model")
+    again = open_checkpoint(tmp_path / "link")
+    assert again.sha256() == before and torch.equal(again.read("norm.weight"), value)
+
+
+@pytest.mark.parametrize("shard_bytes", [40_000, 4_000_000_000])
+@pytest.mark.parametrize("of", ["weights", "index", "configuration", "tokenizer"])
+def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path: Path, shard_bytes: int, of: str) -> None:
+    checkpoint = written(tmp_path / "model", shard_bytes=shard_bytes)
+    names = {"weights": checkpoint.stored["norm.weight"].file.name, "index": "model.safetensors.index.json"}
+    file = tmp_path / "model" / (names | {"configuration": "config.json", "tokenizer": "tokenizer.json"})[of]
+    if of == "index" and not file.exists():
+        (tmp_path / "model" / "model.safetensors").unlink()
+    file.unlink(missing_ok=True)
+    file.symlink_to("gone")
+    with pytest.raises(CheckpointError, match=f"{file.name} is a link to gone, which is not there"):
+        open_checkpoint(tmp_path / "model")
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(CheckpointError, match=f"{file.name} is a link that leads back to itself"):
         open_checkpoint(tmp_path / "model")
 
 
