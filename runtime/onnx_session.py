@@ -46,9 +46,6 @@ _ACCURACY_LEVEL, _EXACT, _ROUNDED = "session.qdq_matmulnbits_accuracy_level", "1
 _TURN_BACK = "session.disable_quant_qdq"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
-# It would make one operator of product and bias, and then none of codes, scales and product any more.
-KEPT_APART = ["MatMulAddFusion"]
-
 _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 error
 
 
@@ -139,9 +136,7 @@ class OnnxSession(Session):
     def _open(self, graph: Graph, file: Path, options: Any, instead: bytes | None = None) -> LoadedGraph:
         name, settings = self._provider(graph)
         try:
-            session = ort.InferenceSession(
-                instead or file, options, providers=[(name, settings)], disabled_optimizers=KEPT_APART
-            )
+            session = ort.InferenceSession(instead or file, options, providers=[(name, settings)])
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure
@@ -256,7 +251,7 @@ def open_graph(model: bytes, folder: Path, num_threads: int = 0) -> Any:
     """
     options = session_options(folder, num_threads, exact_activations=True)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=KEPT_APART)
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as failure:  # onnxruntime's exceptions share no base of their own
         raise BackendError(f"onnxruntime {ort.__version__} can not run a part of {folder}: {failure}") from failure
 
