@@ -101,7 +101,7 @@ def _loss(lost: Sequence[Finding], error: float, block: int) -> Finding:
         f"take activations as they are. As deployed they round them to 8 bits, {block} under one scale, and this model does "
         f"not bear that (a few channels that stand out are enough): PyTorch with the same rounding loses up to {error:.3g}. "
         "Keep the parts that read them in the graph's precision (--part attention=none --part expert=none), or take "
-        "--precision fp16 or fp32, which round no activations; smaller blocks (--block-size 16) lose less, and may not be enough"
+        "--precision fp16 or fp32, which round no activations"
     )
     figures = {"relative_l2_max": came, "limit": float(worst.figures.get("limit", 0.0)), "rounding_error": error}
     figures["questions"] = len(lost)
