@@ -386,7 +386,8 @@ def _prove(folder: Path, work: _Work, files: Mapping[str, FileRecord]) -> Report
 def _passed(report: Report) -> Report:
     if report.verdict is Outcome.FAIL:
         failed = [str(one) for one in report.findings if one.outcome is Outcome.FAIL]
-        message = "\n  - ".join(["what was exported is not the model, so no bundle was made:", *failed])
+        said = "is the model in a format that loses too much of it" if report.only_loses else "is not the model"
+        message = "\n  - ".join([f"what was exported {said}, so no bundle was made:", *failed])
         raise ParityError(message, report.to_dict())
     return report
 

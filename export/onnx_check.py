@@ -223,6 +223,16 @@ def dequantize_problems(
         for node in turned
         if readers[node.output[0]] != [("MatMul", 1)]
     ]
+    # Added to rows right behind it, a product is taken apart by onnxruntime's usual optimisers; ``Sum`` they leave alone.
+    stored = {one.name for one in model.graph.initializer}
+    products = {node.output[0]: node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in readers}
+    problems += [
+        f"{node.name} adds rows right behind {products[name].name}, and should be a Sum: export it again"
+        for node in model.graph.node
+        if node.op_type == "Add" and not stored.intersection(node.input)
+        for name in node.input
+        if name in products
+    ]
     for one in quantization.coded_weights(graph.parameters(config)):
         how = one.how
         scales = (scales_of(one.name), *(() if how.symmetric else (zero_points_of(one.name),)))

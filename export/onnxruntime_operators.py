@@ -100,7 +100,7 @@ class _Rewriter:
         total = norm.inputs[0]
         assert total is not None
         add = total.producer()
-        if add is None or add.op_type != "Add":
+        if add is None or add.op_type not in ("Add", "Sum"):
             return
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
         fused = ir.Node(

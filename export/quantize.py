@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from motrt.model_def.quantization import CODE_RANGE, Scales, WeightFormat
@@ -102,6 +103,14 @@ def squared_errors(weight: Tensor, how: WeightFormat, codes: Tensor, chosen: Blo
         found = dequantize(codes[rows], how, BlockScales(chosen.scales[rows], zero))
         lost[rows] = (found - weight[rows].float()).square_().reshape(-1, blocks, width // blocks).sum(2)
     return lost
+
+
+def rounded_to_8_bits(x: Tensor, block: int) -> Tensor:
+    """Activations [rows, width] as onnxruntime's fast products with codes take them on a CPU: ``block`` under one scale."""
+    cut = F.pad(x, (0, -x.shape[1] % block)).view(-1, block)  # [rows, width] -> [rows * blocks, block]
+    scales = (cut.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    # [rows * blocks, block] -> [rows, width], whole sizes and no -1: there may be no rows to infer one from
+    return ((cut / scales).round() * scales).view(len(x), x.shape[1] + -x.shape[1] % block)[:, : x.shape[1]]
 
 
 def _row_chunks(out: int, width: int) -> Iterator[slice]:

@@ -130,6 +130,20 @@ def _multiply_codes(model: ir.Model, gemms: list[ir.Node], coded: CodedWeight, s
         new.append(ir.node("Add", [product.outputs[0], bias], name=f"{module}/Add"))
         _typed(new[-1], first.outputs[0])
     _replace(model, first, new)
+    if bias is None:
+        _sum_behind(model, product)
+
+
+def _sum_behind(model: ir.Model, product: ir.Node) -> None:
+    """``Add`` of the residual stream right behind a product -> ``Sum``, the same numbers.
+
+    onnxruntime's ``MatMulAddFusion``, on by default, makes ``MatMul`` and ``Add`` into ``Gemm`` before it looks for codes, and
+    a ``Gemm`` that adds rows is no product of codes any more. One that adds a bias is: those stay ``Add``.
+    """
+    add = _only_user(product.outputs[0])
+    if add is not None and add.op_type == "Add":
+        made = ir.node("Sum", list(add.inputs), name=str(add.name).replace("/Add", "/Sum"))
+        _replace(model, add, [made])
 
 
 def _split(model: ir.Model, value: ir.Value, sizes: list[int], name: str) -> ir.Node:

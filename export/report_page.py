@@ -16,6 +16,7 @@ from typing import Any
 from motrt.errors import InputError
 from motrt.export.html_parts import NOTHING, Html, counted, folded, joined, number, percent, row, shown, table, tag
 from motrt.export.page_style import STYLE
+from motrt.export.parity.findings import LOSS
 from motrt.export.report_charts import drift_curves, drift_map, greedy, margins, modality_kinds
 from motrt.export.svg_charts import bar
 
@@ -214,6 +215,8 @@ def _sentence(report: Report, counts: Mapping[str, int]) -> list[object]:
         ),
         "FAIL": (" does not compute what ", reference, f" computes: {counts['FAIL']} of {asked} failed."),
     }
+    if {one["rung"] for one in report["findings"] if one["outcome"] == "FAIL"} == {LOSS}:
+        ends["FAIL"] = (" computes what ", reference, " computes, in a format that loses too much of the model.")
     end = ends.get(str(report["verdict"]), (" was compared with ", reference, f": {asked}."))
     comma = [","] if report.get("bundle") else []
     return [*subject, *comma, *end, f" It took {_duration(number(report.get('seconds')))}."]

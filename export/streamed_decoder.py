@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from motrt.export.quantize import rounded_to_8_bits
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.head_surgery import Read
@@ -86,11 +86,7 @@ class StreamedDecoder(Decoder):
         if weight not in self._blocks:
             return x
         exact, last = x[: 2 * len(x) // 3], x[2 * len(x) // 3 :]
-        block, width = self._blocks[weight], x.shape[1]
-        blocks = F.pad(last, (0, -width % block)).view(-1, block)  # [rows, width] -> [rows * blocks, block]
-        scales = (blocks.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
-        found = ((blocks / scales).round() * scales).view(len(last), -1)  # [rows * blocks, block] -> [rows, width]
-        return torch.cat([exact, found[:, :width]])
+        return torch.cat([exact, rounded_to_8_bits(last, self._blocks[weight])])
 
     def logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
         return super().logits(self._rounded(hidden, SHARED_HEAD), head_mask)

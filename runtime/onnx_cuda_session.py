@@ -43,6 +43,8 @@ _BOUND_AS = {"bfloat16": 16}
 
 _SAY_WHERE = "session.record_ep_graph_assignment_info"
 _WEIGHTS_APART = "session.use_device_allocator_for_initializers"  # exactly their size, and not an arena's
+# A product's bias stays an operator of its own: that onnxruntime's GPU kernels of codes add one was never measured here.
+_BIAS_APART = ("optimization.disable_specified_optimizers", "MatMulAddFusion")
 
 
 # Memory taken by another thread, for whatever session, would break what is just being recorded: all sessions take turns.
@@ -212,6 +214,7 @@ class CudaOnnxSession(OnnxSession):
         options = session_options(num_threads=0, exact_activations=True)
         options.add_session_config_entry(_SAY_WHERE, "1")
         options.add_session_config_entry(_WEIGHTS_APART, "1")
+        options.add_session_config_entry(*_BIAS_APART)
         if shares and self._shared is not None:
             for one in graph.parameters(self.config):
                 if one.name in self._shared.places:

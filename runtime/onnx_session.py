@@ -50,9 +50,6 @@ _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 # Bytes that begin as one of onnxruntime's own files do would be taken for one, and nobody has looked through that.
 _FORMAT, _ONNX = "session.load_model_format", "ONNX"
 
-# It would make one operator of product and bias, and then none of codes, scales and product any more.
-KEPT_APART = ["MatMulAddFusion"]
-
 _ERRORS_ONLY = 3  # onnxruntime's severities: 0 verbose, 1 info, 2 warning, 3 error
 
 
@@ -295,7 +292,7 @@ def _inference_session(model: Path | bytes, folder: Path, options: Any, provider
         values = np.memmap(data, np.uint8, "r")  # in a name until the session is made: onnxruntime holds its address alone
         options.add_external_initializers_from_files_in_memory([WEIGHTS_FILE], [values], [values.size])
     # A fallback would be another backend, and is told on standard output.
-    return ort.InferenceSession(model, options, providers=[provider], disabled_optimizers=KEPT_APART, enable_fallback=0)
+    return ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
 
 
 def _specs(found: Sequence[Any]) -> tuple[TensorSpec, ...]:

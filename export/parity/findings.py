@@ -11,6 +11,9 @@ from motrt.errors import ParityError, raise_all
 # Of the report as JSON; the number grows when a reader of the old one could misread the new one.
 SCHEMA = "motrt.parity/1"
 
+# The rung of what a format costs a model: no fault of what runs, which is the model as it was stored.
+LOSS = "loss"
+
 
 class Outcome(str, Enum):
     """PASS, AMBIGUOUS (a near-tie that noise may decide), FAIL, or SKIPPED (with the reason)."""
@@ -26,7 +29,7 @@ class Finding:
     """One question and its answer.
 
     Attributes:
-        rung: ``P1`` to ``P5``.
+        rung: ``P1`` to ``P5``, or ``loss``.
         question: what was asked.
         outcome: the answer.
         detail: the sentence that goes with it: what differs and where, or why it was not asked.
@@ -101,9 +104,16 @@ class Report:
     def failed(self) -> tuple[Finding, ...]:
         return tuple(one for one in self.findings if one.outcome is Outcome.FAIL)
 
+    @property
+    def only_loses(self) -> bool:
+        """Whether all that failed is what the format loses: what runs is right, and not good enough."""
+        return {one.rung for one in self.failed} == {LOSS}
+
     def raise_on_failure(self) -> None:
         """Raise ParityError where the verdict is FAIL, naming every finding that failed."""
-        raise_all(ParityError, f"{self.backend} is not {self.reference}:", [str(one) for one in self.failed])
+        said = "computes what" if self.only_loses else "is not"
+        end = " says, in a format that loses too much of this model:" if self.only_loses else ":"
+        raise_all(ParityError, f"{self.backend} {said} {self.reference}{end}", [str(one) for one in self.failed])
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict and its findings: what a manifest keeps."""

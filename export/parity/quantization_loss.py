@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motrt.export.parity.findings import Finding, judged
+from motrt.export.parity.findings import LOSS, Finding, judged
 from motrt.export.parity.metrics import kl_divergence, log_softmax
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
@@ -32,8 +32,6 @@ from motrt.runtime.schedule import Progress
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
 from motrt.runtime.torch_session import TorchSession
-
-RUNG = "loss"
 
 # In nats, by the fewest bits that any weight has.
 LARGEST_MEAN_KL = {4: 0.5, 8: 0.05}
@@ -130,7 +128,7 @@ def _judge(name: str, found: Sequence[tuple[float, bool, float]], limit: float) 
             "--precision int8, smaller blocks, zero points (--asymmetric), or keep a part (--part head=int8)"
         )
     return judged(
-        RUNG,
+        LOSS,
         f"{name}: quantisation loses little",
         problems,
         rows=len(found),

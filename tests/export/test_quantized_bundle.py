@@ -2,6 +2,7 @@
 
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from motrt.errors import BundleError, InputError, ParityError
 from motrt.export import quantize
 from motrt.export.bundle_from_checkpoint import Exported, QuantizeOptions, export_bundle
 from motrt.export.inspection import inspect
+from motrt.export.onnx_check import dequantize_problems
 from motrt.export.parity import quantization_loss
 from motrt.export.parity.findings import Outcome, Report
 from motrt.export.parity.gate import Subject, climb, climb_session
@@ -29,11 +31,12 @@ from motrt.export.steps import Steps
 from motrt.export.verification import verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import EMBEDDING, parameters
 from motrt.model_def.quantization import CodedWeight, Quantization, Scales, codes_of, scales_of, zero_points_of
-from motrt.runtime import onnx_session
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
+from motrt.runtime.step_inputs import StepInputs, modality_of_ids
 from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, load_whole, save_whole, set_weight, weight
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
@@ -121,15 +124,74 @@ def quantization_of(bundle: Path) -> Quantization:
     return found
 
 
-def test_what_is_multiplied_are_codes_and_not_what_they_stand_for(int4: Path, tmp_path: Path) -> None:
-    """There must be one product of codes, scales and activations: weights that are unpacked save nothing."""
+ONE_WITH_BIASES = EQUAL.replace(modalities=EQUAL.modalities[:1], head="shared")
+
+
+@pytest.mark.parametrize("config", [ONE, ONE_WITH_BIASES, EQUAL, TIED], ids=["one", "one with biases", "two", "two, tied"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_plain_onnxruntime_multiplies_codes_and_says_what_our_session_says(
+    config: ModelConfig, precision: str, symmetric: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """As anybody opens the file, with no option: the same kernels, and the same numbers, bit for bit, in prompts and steps."""
+    out = exported(make_checkpoint(config), tmp_path / "b", precision, symmetric=symmetric)
+    manifest, options = open_bundle(out).manifest, ort.SessionOptions()
+    assert operators_as_run(out / "model.onnx", tmp_path)["MatMulNBits"] == len(multiplied(out, manifest.config))
+    options.log_severity_level = 3
+    plain = ort.InferenceSession(out / "model.onnx", options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in plain.get_inputs()]
+    cache = [np.zeros((2, config.num_kv_heads, 16, config.head_size), np.float32) for _ in range(2 * config.num_layers)]
+    chance = np.random.default_rng(7)
+    with OnnxSession(out / "model.onnx", manifest.config, quantization=manifest.quantization) as session:
+        ours = session.new_cache(2, 16)
+        for width in (5, 1, 1):
+            ids = chance.integers(0, config.vocab_size, (2, width))
+            predicted = chance.integers(0, len(config.modalities), 2)
+            last = np.arange(1, 3) * width - 1
+            inputs = StepInputs(ids, modality_of_ids(ids, config), ours.lengths.copy(), last, predicted)
+            fed = inputs.named() | dict(zip((one for one in names if one.startswith("past_")), cache, strict=True))
+            logits, *cache = plain.run(None, {name: value for name, value in fed.items() if name in names})
+            np.testing.assert_array_equal(logits, session.run(inputs, ours))
+            ours.lengths += width
+
+
+@pytest.mark.parametrize("config", [ONE, TINY], ids=["one", "two"])
+def test_no_graph_of_a_plan_is_taken_apart_by_plain_onnxruntime(
+    config: ModelConfig, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Steps of one modality add the residual stream right behind a product, where a routed graph puts rows back first."""
+    out = exported(make_checkpoint(config), tmp_path / "b", "int4", target="cuda", symmetric=False, activations="fp32")
+    for graph in open_bundle(out).manifest.graphs:
+        run = operators_as_run(out / graph.file_name, tmp_path)
+        assert run["MatMulNBits"] == len(multiplied(out, config, graph)), graph.name
+
+
+def test_a_graph_that_onnxruntime_would_take_apart_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """It computes the same, several times slower: nothing but P1 would see it."""
+    out = exported(make_checkpoint(ONE), tmp_path / "b", "int4")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    assert dequantize_problems(model, ONE, quantization=quantization_of(out)) == []
+    for node in model.graph.node:
+        if node.op_type == "Sum":
+            node.op_type = "Add"
+    problems = dequantize_problems(model, ONE, quantization=quantization_of(out))
+    assert len(problems) == 2 * ONE.num_layers and "should be a Sum" in problems[0]
+    onnx.save(model, out / "model.onnx")
+    assert operators_as_run(out / "model.onnx", tmp_path)["MatMulNBits"] < len(multiplied(out, ONE))
+
+
+def multiplied(bundle: Path, config: ModelConfig, graph: Graph = CANONICAL) -> list[CodedWeight]:
+    """What one product each should be left for."""
+    return [one for one in quantization_of(bundle).coded_weights(graph.parameters(config)) if not one.is_table]
+
+
+def operators_as_run(file: Path, folder: Path) -> Counter[str]:
+    """The operators of ``file`` as plain onnxruntime runs it, counted."""
     options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
-    ort.InferenceSession(int4 / "model.onnx", options, providers=["CPUExecutionProvider"])
-    run = onnx.load(tmp_path / "as_run.onnx", load_external_data=False)
-    fused = [node for node in run.graph.node if node.op_type == "MatMulNBits"]
-    coded = [one for one in quantization_of(int4).coded_weights(parameters(EQUAL)) if not one.is_table]
-    assert len(fused) == len(coded)
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "as_run.onnx")
+    ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "as_run.onnx", load_external_data=False).graph.node)
 
 
 def test_generating_needs_no_word_of_how_weights_are_stored(int4: Path) -> None:
@@ -361,20 +423,6 @@ def test_derived_graphs_read_the_same_codes(steps: Exported) -> None:
     graph = onnx.load(steps.bundle.path / "decode.text.onnx", load_external_data=False).graph
     names = {one.name for one in graph.initializer}
     assert zero_points_of(FIRST) in names and not any(".audio." in name for name in names)
-
-
-def test_a_bias_does_not_keep_codes_from_being_multiplied(steps: Exported, tmp_path: Path) -> None:
-    """Where onnxruntime knows how many rows a product has, it would rather make one operator of product and bias."""
-    out = steps.bundle.path
-    step = next(one for one in steps.bundle.manifest.graphs if one.name == "decode.audio")
-    seen = {}
-    for kept_apart in ([], onnx_session.KEPT_APART):
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
-        ort.InferenceSession(out / step.file_name, options, providers=["CPUExecutionProvider"], disabled_optimizers=kept_apart)
-        run = onnx.load(tmp_path / "as_run.onnx", load_external_data=False)
-        seen[len(kept_apart)] = sum(node.op_type == "MatMulNBits" for node in run.graph.node)
-    assert seen[1] == len(quantization_of(out).coded_weights(step.parameters(TINY))) > seen[0]
 
 
 @pytest.mark.parametrize(

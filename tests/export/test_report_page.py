@@ -255,6 +255,14 @@ def test_the_three_verdicts_say_different_things() -> None:
     assert "near-ties that noise may decide: 1 of 27 questions" in Read(report_page(report)).text()
 
 
+def test_a_format_that_loses_too_much_is_not_said_to_compute_something_else() -> None:
+    report = a_report()
+    report["findings"][-1]["outcome"] = report["verdict"] = "FAIL"
+    assert report["findings"][-1]["rung"] == "loss"
+    said = Read(report_page(report)).text()
+    assert "in a format that loses too much of the model" in said and "does not compute" not in said
+
+
 @pytest.mark.parametrize("empty", [None, {}, "missing"])
 @pytest.mark.parametrize(
     ("keys", "section"),
