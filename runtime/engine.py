@@ -326,6 +326,11 @@ class Engine:
         """The same for ``async for``. Options are ``submit``'s."""
         return self.submit(prompt, **options).events()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs: without it nothing is generated, whatever ``failure`` says."""
+        return self._thread.is_alive()
+
     def state(self) -> EngineState:
         """How the engine stands now."""
         with self._lock:

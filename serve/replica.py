@@ -12,6 +12,7 @@ from motrt.errors import EngineClosedError
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.engine import Engine, EngineOptions
 from motrt.runtime.session import Session
+from motrt.serve.service import THREAD_ENDED
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Replica:
         Raises:
             EngineClosedError: when the engine is broken: this replica will serve nothing any more.
         """
-        failure = self.engine.state().failure
+        failure = self.engine.failure or ("" if self.engine.is_alive else THREAD_ENDED)
         if failure:
             raise EngineClosedError(failure)
 
