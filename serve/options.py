@@ -134,7 +134,7 @@ class ServeOptions:
     def _address_problems(self) -> list[str]:
         """Of where it listens, and of who is believed."""
         problems = []
-        if not (isinstance(self.host, str) and self.host.isprintable() and self.host.strip() == self.host != ""):
+        if not (isinstance(self.host, str) and self.host != "*" and _is_host(self.host)):
             problems.append(f"host must be an address or a name; every address is 0.0.0.0 or :: ({self.host!r} came)")
         if not (isinstance(self.root_path, str) and _ROOT_PATH.fullmatch(self.root_path)):
             problems.append(f"root_path must be as in /llm, or empty ({self.root_path!r} came)")

@@ -458,6 +458,7 @@ def test_the_end_of_a_drained_engine_is_no_fault(serve: Serve) -> None:
         ("cors_origins", ("null",)),
         ("host", ""),
         ("host", " "),
+        ("host", "*"),
         ("host", None),
         ("max_priority", 101),
         ("max_connections", 0),
