@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,27 @@ def test_sigterm_while_the_bundle_is_loaded_ends_the_server_with_0(tiny_bundle: 
         assert process.process.wait(30) == 0
     finally:
         process.process.kill()
+
+
+@pytest.mark.parametrize(("checks", "is_served"), [(("answer",), True), (("hash", "answer"), False)])
+def test_a_flipped_bit_that_the_answer_does_not_hear_is_found_by_the_hash_beside_it(
+    checks: tuple[str, ...], is_served: bool, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with (tmp_path / "bundle" / "model.onnx.data").open("r+b") as data:
+        byte = data.read(1)[0]
+        data.seek(0)
+        data.write(bytes([byte ^ 1]))
+    process = Process(tmp_path / "bundle", tmp_path / "log", *(word for one in checks for word in ("--check", one)))
+    try:
+        if is_served:
+            assert eventually(process.is_ready, 30), process.log.read_text()
+        else:
+            assert process.process.wait(30) == 1
+            assert "hash" in process.log.read_text()
+    finally:
+        process.process.kill()
+        process.process.wait()
 
 
 def test_others_than_this_machine_without_keys_are_warned_of(tiny_bundle: Path, tmp_path: Path) -> None:
