@@ -16,7 +16,6 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.config import STARTUP_FAILURE
 
 from motrt.errors import BackendError
 from motrt.serve.app import create_app
@@ -154,8 +153,8 @@ def serve(bundle: Path, options: ServeOptions) -> None:
     try:
         _tell_where(listeners, options)
         server.run(listeners)
-    except SystemExit as end:
-        if end.code != STARTUP_FAILURE:
+    except SystemExit:
+        if server.started:
             raise
         raise BackendError("the server could not be started: its log says why") from None
     finally:
