@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
             failure = await self._take_one(listener)
             if failure is not None:
                 self._tell(failure)
-                await asyncio.sleep(RETRY_SECONDS)
+                await self._give_one_up()
 
     async def _take_one(self, listener: socket.socket) -> Exception | None:
         """What stood in the way: no descriptors, no memory, a client that has left again."""
@@ -124,12 +124,15 @@ class Server(uvicorn.Server):
         return Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def _make_room(self) -> None:
-        """Give up who has kept the server waiting longest; where all are at work, wait for one of them to end."""
+        """Give up whoever has kept the server waiting longest; where all are at work, wait for one of them to end."""
         while len(self.server_state.connections) >= self.most_connections:
-            one = longest_waited_for(self.server_state.connections)
-            if one is not None:
-                one.give_up()
-            await asyncio.sleep(RETRY_SECONDS if one is None else 0)
+            await self._give_one_up()
+
+    async def _give_one_up(self) -> None:
+        one = longest_waited_for(self.server_state.connections)
+        if one is not None:
+            one.give_up()
+        await asyncio.sleep(RETRY_SECONDS if one is None else 0)
 
     def _tell(self, failure: Exception) -> None:
         now = time.monotonic()

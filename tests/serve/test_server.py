@@ -183,3 +183,16 @@ def test_more_idle_connections_than_descriptors_and_others_are_answered_and_the_
     finally:
         process.process.kill()
         process.process.wait()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="another process's limits are Linux's to set")
+def test_a_server_that_runs_out_of_descriptors_all_the_same_answers_and_says_so_once(process: Process) -> None:
+    number = process.process.pid
+    allowed = len(list(Path(f"/proc/{number}/fd").iterdir())) + 10
+    resource.prlimit(number, resource.RLIMIT_NOFILE, (allowed, allowed))
+    port = int(process.url.rpartition(":")[2])
+    with ExitStack() as held:
+        for _ in range(100):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        assert httpx.get(f"{process.url}/health/live", timeout=30).status_code == 200
+    assert process.log.read_text().count("could not be taken") == 1
