@@ -5,6 +5,7 @@ The first SIGTERM or SIGINT makes the server refuse completions (503) and be not
 """
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -38,6 +39,9 @@ GOODBYE_SECONDS = 3
 
 # Between two tries to take a connection, after one that failed; and between two lines of the log that say so.
 RETRY_SECONDS, TELL_SECONDS = 0.1, 60.0
+
+# What a connection that is given up may give back.
+OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def config_of(app: FastAPI, options: ServeOptions) -> uvicorn.Config:
@@ -89,6 +93,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         is_over = await super().on_tick(counter)
         self._end_overdue()
+        for one in self._taking:
+            if one.done():
+                one.result()  # raises: without it nobody would be answered, nor told why
         is_drained = self._draining is not None and not self._draining.is_alive()
         return is_over or is_drained or self.service.load_failure is not None
 
@@ -103,9 +110,9 @@ class Server(uvicorn.Server):
             failure = await self._take_one(listener)
             if failure is not None:
                 self._tell(failure)
-                await self._give_one_up()
+                await (self._give_one_up() if failure.errno in OUT_OF else asyncio.sleep(RETRY_SECONDS))
 
-    async def _take_one(self, listener: socket.socket) -> Exception | None:
+    async def _take_one(self, listener: socket.socket) -> OSError | None:
         """What stood in the way: no descriptors, no memory, a client that has left again."""
         loop = asyncio.get_running_loop()
         try:
@@ -116,7 +123,7 @@ class Server(uvicorn.Server):
             except BaseException:
                 taken.close()
                 raise
-        except Exception as failure:
+        except OSError as failure:
             return failure
         return None
 
@@ -134,7 +141,7 @@ class Server(uvicorn.Server):
             one.give_up()
         await asyncio.sleep(RETRY_SECONDS if one is None else 0)
 
-    def _tell(self, failure: Exception) -> None:
+    def _tell(self, failure: OSError) -> None:
         now = time.monotonic()
         if now - self._told >= TELL_SECONDS:
             self._told = now
