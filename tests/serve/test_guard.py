@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ def test_answers_under_a_path_are_those_without_one(way: str, engine: Engine, ke
     options: dict[str, Any] = {"model_name": "tiny", "api_key_file": keys, "requests_per_minute": 2}
     plain = asyncio.run(statuses(create_app(engine, ServeOptions(**options)), ""))
     assert plain["asked"] == [200, 200, 429, 429] and plain["/metrics"] == 401 and plain["/health/live"] == 200
-    root = {"root_path": "/llm"} if way.startswith("option") else {}
-    app: Any = create_app(engine, ServeOptions(**options, **root))
+    root_path = "/llm" if way.startswith("option") else ""
+    app: Any = create_app(engine, ServeOptions(**options, root_path=root_path))
     if way in ("mount", "both"):
         app = mounted(app, "/llm")
     before = {"server": "/llm", "option, left": "/llm", "mount": "/llm", "both": "/site/llm"}.get(way, "")
@@ -345,7 +345,7 @@ def test_the_addresses_of_one_network_are_one_client() -> None:
     assert client_of({}) == client_of({"client": None}) == "unknown"
 
 
-def test_nobody_has_a_higher_priority_than_the_server_allows(serve: Serve, slowly: Callable[[Engine, float], None]) -> None:
+def test_nobody_has_a_higher_priority_than_the_server_allows(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     def order(**options: Any) -> list[int]:
         with serve(max_batch=1, **options) as served:
             priorities: list[int] = []
@@ -355,7 +355,7 @@ def test_nobody_has_a_higher_priority_than_the_server_allows(serve: Serve, slowl
                 priorities.append(kwargs["priority"])
                 return submit(*args, **kwargs)
 
-            served.engine.submit = noted  # type: ignore[method-assign]
+            monkeypatch.setattr(served.engine, "submit", noted)
             for asked in (100, 5, 0, -7):
                 assert served.ask(priority=asked, max_tokens=1).status_code == 200
             return priorities
