@@ -104,9 +104,8 @@ class Guard:
             await self._ask(record, scope, _once(body, receive), send)
 
     def _refusal(self, scope: Scope, record: Record) -> Response | None:
-        return (
-            self._misled(scope) or self._misread(scope) or self._stranger(scope, record) or self._too_often(scope, record)
-        )  # in this order: each is cheaper than the next, and a client is known before it is counted
+        # In this order: who asks is known before it is counted.
+        return self._misled(scope) or self._misread(scope) or self._stranger(scope, record) or self._too_often(scope, record)
 
     async def _ask(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
         """The application's answer; a fault of its own has one, too, where none has begun."""

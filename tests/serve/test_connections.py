@@ -162,6 +162,7 @@ def test_where_all_connections_are_at_work_a_new_one_waits_for_an_end(serve: Ser
         with served.raw(head.encode() + body) as asked:
             assert eventually(lambda: served.engine.state().running == 1)
             assert served.get("/health/live").status_code == 200
+            assert served.engine.state().running == 0
             assert asked.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
