@@ -43,6 +43,7 @@ PRESETS = ("tiny", "tiny64", "small", "llama-3.2-1b", "llama-3.2-1b-text")
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPT_BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "cuda", "onnxruntime", "torch")
 CHECKS = ("size", "hash", "answer")
+CHECK_HELP = "Repeatable: answer alone may miss a damaged weight, which hash finds."
 
 # So that a command line without a limit ends soon.
 DEFAULT_MAX_TOKENS = 64
@@ -577,9 +578,10 @@ def tell_parity(bundle: Path, report: dict[str, Any], explain: bool, bisect: boo
 @click.option(
     "--check",
     type=click.Choice(CHECKS),
-    default="size",
+    multiple=True,
+    default=("size",),
     show_default=True,
-    help="Of the bundle's files; answer: of what the session says to the bundle's question, too.",
+    help=f"Of the bundle's files; answer: of what the session says to the bundle's question, too. {CHECK_HELP}",
 )
 @json_option
 @mends
@@ -593,7 +595,7 @@ def generate(
     stop_ids: tuple[int, ...],
     backend: str,
     threads: int,
-    check: str,
+    check: tuple[str, ...],
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -702,6 +704,16 @@ def bench_tables(found: dict[str, Any]) -> list[Any]:
 SERVE_OPTIONS = (
     click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen."),
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."),
+    click.option("--root-path", default="", help="What a proxy has before every path, as in /llm."),
+    click.option(
+        "--allowed-host", "allowed_hosts", multiple=True, help="A name that requests may ask for; *: any. Repeatable."
+    ),
+    click.option(
+        "--trusted-proxy", "trusted_proxies", multiple=True, help="Address or network whose X-Forwarded-For counts. Repeatable."
+    ),
+    click.option(
+        "--cors-origin", "cors_origins", multiple=True, help="https://site.example, whose pages may ask; *: all. Repeatable."
+    ),
     click.option("--model-name", help="What requests call the model; the folder's name where not said."),
     click.option("--max-batch", type=int, default=8, show_default=True, help="Rows that decode together."),
     click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait beside them."),
@@ -711,14 +723,23 @@ SERVE_OPTIONS = (
     click.option("--max-prompt-tokens", type=int, help="Of a request; as many as the model holds where not said."),
     click.option("--max-tokens", type=int, help="Of an answer; likewise."),
     click.option("--max-body-bytes", type=int, default=1 << 20, show_default=True, help="Of a request."),
+    click.option("--max-connections", type=int, default=1000, show_default=True, help="At once; fewer where `ulimit -n` says."),
+    click.option("--header-seconds", type=float, default=10.0, show_default=True, help="For a request's headers to come."),
     click.option("--body-seconds", type=float, default=10.0, show_default=True, help="For a request's body to come."),
+    click.option("--keep-alive-seconds", type=int, default=5, show_default=True, help="Of silence after an answer."),
     click.option("--request-seconds", type=float, default=600.0, show_default=True, help="Most time for an answer."),
     click.option("--requests-per-minute", type=int, default=0, show_default=True, help="Of one key or address; 0: no limit."),
+    click.option("--max-priority", type=int, default=0, show_default=True, help="The highest that a request can have."),
     click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="For requests to end after SIGTERM."),
     click.option("--api-key-file", type=click.Path(path_type=Path), help="One key a line; requests must bring one."),
     click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core."),
-    click.option("--check", type=click.Choice(CHECKS), help="Of the bundle; its known answer where it carries one."),
+    click.option(
+        "--check",
+        type=click.Choice(CHECKS),
+        multiple=True,
+        help=f"Of the bundle; its known answer where it carries one. {CHECK_HELP}",
+    ),
 )
 
 
@@ -739,6 +760,7 @@ def serve(bundle: Path, model_name: str | None, **options: Any) -> None:
         from motrt.serve.server import serve as run
     except ImportError as missing:
         raise BackendError(f"serving needs FastAPI and more ({missing}): pip install 'motrt[serve]'") from None
+    options["check"] = options["check"] or None
     run(bundle, ServeOptions(model_name=model_name or bundle.resolve().name or "motrt", **options))
 
 

@@ -320,7 +320,7 @@ def main(bundle: Path, count: int, chance: int, json_file: Path | None) -> None:
     except motrt.MotrtError as failure:
         raise click.ClickException(str(failure)) from None
     started = time.perf_counter()
-    with served(bundle, 8, 64) as (target, process):
+    with served(bundle, 8, 64, ("--max-priority", "100")) as (target, process):
         seen, beside = fuzz(target.port, config, MODEL, count, chance)
         is_alive = process.poll() is None
     found = {

@@ -1,7 +1,7 @@
 """From a path to a session: which backend runs what lies there."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def load(
     path: str | Path,
     backend: str = "auto",
-    check: str = "size",
+    check: str | Collection[str] = "size",
     num_threads: int = 0,
     checkpoint: str | Path | None = None,
 ) -> Session:
@@ -40,7 +40,8 @@ def load(
             checkpoint); ``tensorrt`` and ``tensorrt-rtx`` run the bundle's engines, ``cuda`` its graphs in onnxruntime on a
             GPU, ``onnxruntime`` on the CPU; ``torch`` is the reference, from the bundle's source checkpoint.
         check: ``size`` compares the files' sizes, ``hash`` reads every byte before anything is loaded, ``answer`` compares
-            sizes and then asks the session the bundle's question: one that does not give the known answer is refused.
+            sizes and then asks the session the bundle's question: one that does not give the known answer is refused. Several
+            are given together, as in ``("hash", "answer")`` or ``"hash,answer"``: an answer says little about a few weights.
         num_threads: for products; 0: one per core. Ignored by torch.
         checkpoint: what the bundle was made of, for ``torch``; None: where the manifest says it lay.
 
@@ -58,16 +59,15 @@ def load(
     folder = Path(path)
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)} ({backend!r} came)")
-    if check not in CHECKS:
-        raise InputError(f"check must be {', '.join(map(repr, CHECKS[:-1]))} or {CHECKS[-1]!r} ({check!r} came)")
+    checks = checks_of(check)
     if not isinstance(num_threads, int) or not 0 <= num_threads <= MOST_THREADS:
         raise InputError(f"num_threads must be a whole number in 0..{MOST_THREADS}, 0: one per core ({num_threads!r} came)")
     if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
-        if check == "answer":
+        if "answer" in checks:
             raise InputError(f"{folder} is a checkpoint, and bundles alone carry a known answer: make one with `motrt export`")
         return _with_tokenizer(*_torch_session(folder))
-    bundle = open_bundle(folder, "size" if check == "answer" else check)
-    if check == "answer":
+    bundle = open_bundle(folder, "hash" if "hash" in checks else "size")
+    if "answer" in checks:
         _refuse_unanswerable(bundle, backend)
     tokenizer = bundle.tokenizer_path
     if backend == "torch":
@@ -75,7 +75,20 @@ def load(
         tokenizer = tokenizer or beside
     else:
         session = best_session(bundle, num_threads) if backend == "auto" else open_session(bundle, backend, num_threads)
-    return _with_tokenizer(_answering(session, bundle) if check == "answer" else session, tokenizer)
+    return _with_tokenizer(_answering(session, bundle) if "answer" in checks else session, tokenizer)
+
+
+def checks_of(check: str | Collection[str]) -> frozenset[str]:
+    """What ``check`` of ``load`` asks for: one check, several with commas between, or several in a collection.
+
+    Raises:
+        InputError: for another check, and for none.
+    """
+    named = [one.strip() for one in check.split(",")] if isinstance(check, str) else check
+    if not isinstance(named, Collection) or not named or any(one not in CHECKS for one in named):
+        told = f"check must be {', '.join(map(repr, CHECKS[:-1]))} or {CHECKS[-1]!r} ({check!r} came)"
+        raise InputError(f"{told}: one of them, or several with commas between")
+    return frozenset(named)
 
 
 def _refuse_unanswerable(bundle: Bundle, backend: str) -> None:

@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's completions and models, health, metrics, and the engine's state.
 
 Routes and what errors become; everything else stands beside it: ``protocol`` what is said, ``completion`` how it becomes
-tokens, ``guard`` who may ask, ``service`` when the model is ready, ``metrics`` what is counted.
+tokens, ``guard`` who may ask, ``recorder`` what is told of it, ``service`` when the model is ready, ``metrics`` what counts.
 """
 
 import asyncio
@@ -16,13 +16,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
 
 from motrt import __version__
 from motrt.errors import BusyError, CapacityError, EngineClosedError, InputError, MotrtError
 from motrt.runtime.engine import Engine, Stream
 from motrt.serve.completion import Answer, submit
-from motrt.serve.guard import EventStream, Guard, JsonResponse, Recorder, error, error_body
+from motrt.serve.guard import Guard
 from motrt.serve.metrics import Metrics
 from motrt.serve.options import ServeOptions, read_keys
 from motrt.serve.protocol import (
@@ -35,6 +36,8 @@ from motrt.serve.protocol import (
     ModelList,
     problems_of,
 )
+from motrt.serve.recorder import RECORD, Recorder
+from motrt.serve.replies import EventStream, JsonResponse, error, error_body
 from motrt.serve.service import Loader, Service
 
 _RETRY_AFTER = {"Retry-After": "5"}
@@ -49,7 +52,8 @@ def create_app(source: Engine | Loader, options: ServeOptions | None = None) -> 
         options: limits, names and keys.
 
     Returns:
-        The application; its ``state.service`` tells whether it is ready, and drains it.
+        The application; its ``state.service`` tells whether it is ready, and drains it. Mounted in another one, whose
+        lifespan does not run this one's, it begins to load with the first request.
 
     Raises:
         InputError: for a file of keys that can not be used.
@@ -67,10 +71,14 @@ def create_app(source: Engine | Loader, options: ServeOptions | None = None) -> 
 
     # FastAPI's own telemetry would make a second span of each request; its older versions do not know the word, nor mind it.
     quiet: Any = {"telemetry": {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}}
-    app = FastAPI(title="motrt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, **quiet)
+    # A path with a slash too many is no path: to lead on from it would lead to whatever Host the request named.
+    plain: Any = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="motrt", version=__version__, lifespan=lifespan, **plain, **quiet)
     app.state.service = service
     app.add_middleware(Guard, options=options, keys=keys, refused=metrics.refused)
-    app.add_middleware(Recorder, responded=metrics.responded)
+    if options.cors_origins:
+        _let_pages_ask(app, options)
+    app.add_middleware(Recorder, responded=metrics.responded, arrived=service.start_late)
     _say_errors(app)
     _add_health(app, service)
     _add_metrics(app, metrics)
@@ -83,6 +91,18 @@ def create_app(source: Engine | Loader, options: ServeOptions | None = None) -> 
     return app
 
 
+def _let_pages_ask(app: FastAPI, options: ServeOptions) -> None:
+    """CORS, before keys are asked for, since a browser asks first without one. Cookies are never taken: there are none."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=options.cors_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),  # the client libraries' own vary; each that is asked for is named back
+        expose_headers=("X-Request-Id", "Retry-After"),
+        allow_credentials=False,
+    )
+
+
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     told = {
         400: "What was asked for can not be.",
@@ -90,10 +110,11 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         404: "There is no such thing.",
         408: "The body came too slowly.",
         413: "The body is too large.",
+        421: "The server does not go by that Host.",
         429: "Too many requests.",
         503: "Not ready, shutting down, or a step failed.",
     }
-    return {status: {"model": ErrorBody, "description": told[status]} for status in (400, 401, 408, 413, *statuses)}
+    return {status: {"model": ErrorBody, "description": told[status]} for status in (400, 401, 408, 413, 421, *statuses)}
 
 
 def status_of(failure: MotrtError) -> tuple[int, str, dict[str, str]]:
@@ -131,14 +152,11 @@ def _say_errors(app: FastAPI) -> None:
         said = {404: "there is nothing at this path", 405: "this path does not take this method"}.get(failure.status_code)
         return error(failure.status_code, said or str(failure.detail), "invalid_request", dict(failure.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def of_a_bug(request: Request, failure: Exception) -> Response:
-        return error(500, "the server met a fault of its own; its log says more", "internal_error")
-
 
 def _add_health(app: FastAPI, service: Service) -> None:
     answers = _documented(503)
 
+    @app.head("/health/live", include_in_schema=False)  # as load balancers ask
     @app.get("/health/live", responses=answers)
     async def live() -> dict[str, str]:
         """Whether the process can still be of use: 503 where only another start helps."""
@@ -146,6 +164,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             raise EngineClosedError(service.reason)
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses=answers)
     async def ready() -> dict[str, str]:
         """Whether completions are taken; 503 with the reason where they are not."""
@@ -236,7 +255,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics) -> None:
         def done() -> None:
             stream.cancel()
             watch.cancel()
-            request.state.record.facts.update(facts_of(answer))
+            request.scope["state"][RECORD].facts.update(facts_of(answer))
 
         if body.stream:
             wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

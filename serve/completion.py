@@ -43,7 +43,7 @@ def submit(engine: Engine, request: CompletionRequest, options: ServeOptions) ->
         sampling=sampling_of(request),
         max_tokens=max_tokens_of(request, schedule, session, options),
         stop_ids=request.stop_ids or (),
-        priority=request.priority or 0,
+        priority=min(request.priority or 0, options.max_priority),  # or who asks for the most would starve the others
         seconds=min(request.timeout_seconds or options.request_seconds, options.request_seconds),
     )
 

@@ -1,153 +1,36 @@
 """What stands between a client and the application, as plain ASGI: who may ask, how often, how much, how slowly.
 
-Also the record of each request: its id, one line of a log, its span. Nothing of what a client said is logged, but for an id
-that is short and safe. This file knows no engine.
+This file knows no engine, and no connections: an application of another server, or mounted in another application, is guarded
+likewise.
 """
 
 import asyncio
-import importlib
-import json
+import ipaddress
 import logging
-import re
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
 
-import anyio
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from motrt.serve.hosts import Hosts, address_of
 from motrt.serve.options import ApiKeys, ServeOptions
-from motrt.serve.protocol import ErrorBody, ErrorDetail
+from motrt.serve.recorder import RECORD, Record
+from motrt.serve.replies import error
 
-requests = logging.getLogger("motrt.serve.requests")
+logger = logging.getLogger(__name__)
 
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = ("/", "/openapi.json")
-_QUIET = ("/health/live", "/health/ready", "/metrics", "/v1/engine")
+# Asked without a key; and what the limit of requests a minute counts.
+_OPEN = ("/", "/openapi.json", "/health/live", "/health/ready")
 _LIMITED = ("/v1/completions",)
 
 # Clients whose rates are remembered; the one heard of longest ago is forgotten for a new one.
 _MOST_CLIENTS = 10_000
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-class JsonResponse(Response):
-    """JSON in ASCII: whatever came from a client, it can be sent back."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return ErrorBody(error=ErrorDetail(message=message, type=kind, code=code, param=param)).model_dump()
-
-
-def error(status: int, message: str, code: str, headers: dict[str, str] | None = None, param: str | None = None) -> Response:
-    return JsonResponse(error_body(status, message, code, param), status, headers)
-
-
-@dataclass
-class Record:
-    """What is told of a request once it is over.
-
-    Attributes:
-        facts: filled by whoever knows them: finish, tokens, seconds.
-    """
-
-    id: str
-    started: float = field(default_factory=time.monotonic)
-    status: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-class Recorder:
-    """Outermost: gives every request an id, and tells of it when it is over."""
-
-    def __init__(self, app: ASGIApp, responded: Callable[[str, int], None]) -> None:
-        self.app, self.responded = app, responded
-        self._tracer = find_tracer()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        came = headers.get("x-request-id", "")
-        record = Record(came if _SAFE_ID.fullmatch(came) else secrets.token_hex(16))
-        scope.setdefault("state", {})["record"] = record
-        span = None if self._tracer is None else self._tracer.start(scope["method"], headers)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", record.id.encode())]}
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_id)
-        except BaseException:
-            record.status = record.status or 500
-            raise
-        finally:
-            self._tell(scope, record, span)
-
-    def _tell(self, scope: Scope, record: Record, span: Any) -> None:
-        route = getattr(scope.get("route"), "path", None) or ("guard" if record.status in (401, 408, 413, 429) else "unknown")
-        facts = {
-            "id": record.id,
-            "method": scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other",
-            "route": route,
-            "status": record.status,
-            "total_seconds": round(time.monotonic() - record.started, 6),
-            **record.facts,
-        }
-        self.responded(route, record.status)
-        requests.log(logging.DEBUG if route in _QUIET else logging.INFO, "request", extra={"facts": facts})
-        if span is not None:
-            span.update_name(f"{facts['method']} {route}")
-            span.set_attributes({f"motrt.{name}": value for name, value in flat(facts)})
-            span.end()
-
-
-def flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Values that a span can hold; counts by modality as names with a dot."""
-    found: list[tuple[str, Any]] = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            found += [(f"{name}.{part}", one) for part, one in value.items()]
-        elif value is not None:
-            found.append((name, value))
-    return found
-
-
-class _Tracer:
-    """OpenTelemetry's, where that is installed; the client's trace goes on where it sent one."""
-
-    def __init__(self, trace: Any, propagate: Any) -> None:
-        self._trace, self._propagate = trace, propagate
-
-    def start(self, method: str, headers: Headers) -> Any:
-        context = self._propagate.extract(dict(headers))
-        tracer = self._trace.get_tracer("motrt.serve")
-        return tracer.start_span("request", context=context, kind=self._trace.SpanKind.SERVER)
-
-
-def find_tracer() -> _Tracer | None:
-    try:
-        return _Tracer(importlib.import_module("opentelemetry.trace"), importlib.import_module("opentelemetry.propagate"))
-    except ImportError:
-        return None
+# What one owner of IPv6 addresses usually has is one client.
+_IPV6_PREFIX = 64
 
 
 class Rates:
@@ -170,54 +53,113 @@ class Rates:
         return wait
 
 
+def route_path(scope: Scope) -> str:
+    """The path within this application, as its routes match it: without the server's root path, or what it is mounted at.
+
+    Servers differ in whether ``path`` holds the root path, and so do proxies; the routes take both, and so does this.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    inside = path.removeprefix(root)
+    return inside if inside == "" or inside.startswith("/") else path
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is where there are no keys: an address, or the network that one client has of them."""
+    said = str((scope.get("client") or ("unknown",))[0])
+    address = address_of(said)
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Network((int(address), _IPV6_PREFIX), strict=False))
+    return said if address is None else str(address)
+
+
 class Guard:
-    """Refuses before anything is read who has no key, or asks too often; and then bodies that are too large or too slow."""
+    """Refuses who calls another host, has no key, or asks too often, and then what is too much or too slow to be read.
+
+    Args:
+        app: what is guarded.
+        options: of the server.
+        keys: None: none is asked for.
+        refused: told the code of every refusal.
+    """
 
     def __init__(self, app: ASGIApp, options: ServeOptions, keys: ApiKeys | None, refused: Callable[[str], None]) -> None:
         self.app, self.options, self.keys, self.refused = app, options, keys, refused
+        # A page that another site's name leads here knows no key: nothing but what is open to all could be read by it.
+        is_checked = keys is None or bool(options.allowed_hosts)
+        self._hosts = Hosts(options.allowed_hosts, options.host) if is_checked else None
         self._rates = Rates(options.requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        response = self._stranger(scope) or self._too_often(scope)
-        if response is None:
-            try:
-                body = await asyncio.wait_for(self._body(scope, receive), self.options.body_seconds)
-            except asyncio.TimeoutError:
-                response = self._refuse(
-                    408, f"the body did not come within {self.options.body_seconds:g} seconds: send it faster", "body_too_slow"
-                )
-            else:
-                if body is None:
-                    return  # the client left
-                if isinstance(body, bytes):
-                    await self.app(scope, _once(body, receive), send)
-                    return
-                response = body
-        await response(scope, receive, send)
+        if self.options.root_path and not scope.get("root_path"):
+            scope["root_path"] = self.options.root_path
+        record: Record = scope["state"][RECORD]
+        body = self._refusal(scope, record) or await self._body_in_time(scope, receive)
+        if isinstance(body, Response):
+            record.is_refused = True
+            await body(scope, receive, send)
+        elif body is not None:
+            await self._ask(record, scope, _once(body, receive), send)
 
-    def _stranger(self, scope: Scope) -> Response | None:
-        scope["state"]["client"] = (scope.get("client") or ("unknown",))[0]
-        if self.keys is None or scope["path"] in _OPEN or scope["path"].startswith("/health/"):
+    def _refusal(self, scope: Scope, record: Record) -> Response | None:
+        # In this order: who asks is known before it is counted.
+        return self._misled(scope) or self._misread(scope) or self._stranger(scope, record) or self._too_often(scope, record)
+
+    async def _ask(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application's answer; a fault of its own has one, too, where none has begun."""
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            if record.status:
+                raise
+            logger.exception("request %s met a fault of the server", record.id)
+            response = error(500, "the server met a fault of its own; its log says more", "internal_error")
+            await response(scope, receive, send)
+
+    def _misled(self, scope: Scope) -> Response | None:
+        if self._hosts is None or self._hosts.allow(scope):
+            return None
+        said = "this server does not go by that Host: ask by an address that it listens at, or allow the name by --allowed-host"
+        return self._refuse(421, said, "host_not_allowed")
+
+    def _misread(self, scope: Scope) -> Response | None:
+        """Two servers in a row could take different bytes for the end of such a request, and the rest for another one."""
+        headers = Headers(scope=scope)
+        if "transfer-encoding" not in headers or not ("content-length" in headers or scope["http_version"] == "1.0"):
+            return None
+        said = "a body has a Content-Length or, in HTTP/1.1, a Transfer-Encoding: this request says where it ends in two ways"
+        return self._refuse(400, said, "ambiguous_length")
+
+    def _stranger(self, scope: Scope, record: Record) -> Response | None:
+        record.client = client_of(scope)
+        if self.keys is None or route_path(scope) in _OPEN:
             return None
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         number = self.keys.number_of(key.strip().encode("latin-1")) if kind.lower() == "bearer" else None
         if number is None:
             said = "this server asks for a key: send it as 'Authorization: Bearer KEY'"
             return self._refuse(401, said, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-        scope["state"]["client"] = f"key {number}"
+        record.client = f"key {number}"
         return None
 
-    def _too_often(self, scope: Scope) -> Response | None:
-        if scope["path"] not in _LIMITED:
+    def _too_often(self, scope: Scope, record: Record) -> Response | None:
+        if route_path(scope) not in _LIMITED:
             return None
-        wait = self._rates.seconds_to_wait(scope["state"]["client"], time.monotonic())
+        wait = self._rates.seconds_to_wait(record.client, time.monotonic())
         if not wait:
             return None
         said = f"more than {self.options.requests_per_minute} requests a minute: try again in {wait:.1f} seconds"
         return self._refuse(429, said, "rate_limit_exceeded", {"Retry-After": str(max(1, round(wait + 0.5)))})
+
+    async def _body_in_time(self, scope: Scope, receive: Receive) -> bytes | Response | None:
+        """The body, or why it is refused; None where the client has left."""
+        try:
+            return await asyncio.wait_for(self._body(scope, receive), self.options.body_seconds)
+        except asyncio.TimeoutError:
+            said = f"the body did not come within {self.options.body_seconds:g} seconds: send it faster"
+            return self._refuse(408, said, "body_too_slow")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
         most = self.options.max_body_bytes
@@ -255,50 +197,3 @@ def _once(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-class JsonLines(logging.Formatter):
-    """A log in which every line is one JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        said: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, default=str)
-
-
-class EventStream(Response):
-    """Server-sent events. A reader who takes too long for one piece is given up; others never wait for it.
-
-    Args:
-        pieces: what is sent, as it comes.
-        give_up: called when nobody listens any more.
-        seconds: for one piece to be taken.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, pieces: Any, give_up: Callable[[], None], seconds: float = 60.0) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._pieces, self._give_up, self._seconds = pieces, give_up, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for piece in self._pieces:
-                with anyio.fail_after(self._seconds):  # asyncio's own, before Python 3.12, makes a task for each piece
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except OSError:  # TimeoutError among them: nobody listens
-            pass
-        finally:
-            self._give_up()
-            with suppress(RuntimeError):
-                await self._pieces.aclose()

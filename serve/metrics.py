@@ -90,7 +90,7 @@ class _Gauges:
         if engine is None:
             return
         state, most = engine.state(), engine.options.max_batch
-        rows = state.running + state.reading
+        rows, is_broken = state.running + state.reading, int(bool(state.failure) or not engine.is_alive)
         for name, told, value in (
             ("queue_depth", "Requests that wait.", max(0, state.waiting)),
             ("running_rows", "Rows that decode.", state.running),
@@ -98,6 +98,6 @@ class _Gauges:
             ("batch_occupancy", "Rows in use, as a share of max_batch.", rows / most),
             ("cache_positions", "Positions of the running batch's cache, over all rows.", state.cache_positions),
             ("cache_filled", "How many of them are filled.", state.cache_filled),
-            ("engine_broken", "1 where the engine takes no more requests because steps failed.", int(bool(state.failure))),
+            ("engine_broken", "1 where steps failed or the engine's thread has ended: it takes no more requests.", is_broken),
         ):
             yield GaugeMetricFamily(f"motrt_{name}", told, value)

@@ -242,7 +242,7 @@ function unreachable(failure) {
 async function poll() {
   if (document.visibilityState === "visible") {
     try {
-      const response = await fetch("/v1/engine", { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(5000) });
+      const response = await fetch("v1/engine", { headers: headers(), cache: "no-store", signal: AbortSignal.timeout(5000) });
       if (response.ok) show(await response.json());
       else lost(await sentenceOf(response));
     } catch (failure) {
@@ -366,7 +366,7 @@ async function ask(body, answer) {
   going.add(control);
   at("stop").disabled = false;
   try {
-    const response = await fetch("/v1/completions", {
+    const response = await fetch("v1/completions", {
       method: "POST", signal: control.signal, body: JSON.stringify(body),
       headers: { "Content-Type": "application/json", ...headers() },
     });

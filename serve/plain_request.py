@@ -21,12 +21,13 @@ ENGINE_NAMES = ("max_tokens", "stop_ids", "priority", "seconds")
 NAMES = ("prompt", "schedule", *ENGINE_NAMES, *SAMPLING_NAMES)
 
 
-def submit_options(values: Any) -> dict[str, Any]:
+def submit_options(values: Any, max_priority: int) -> dict[str, Any]:
     """The arguments of ``Engine.submit`` that a plain request stands for; null is the same as nothing.
 
     Args:
         values: a mapping with ``prompt`` (text or ids), and perhaps ``schedule`` (as ``parse_schedule`` reads it),
             ``max_tokens``, ``stop_ids``, ``priority``, ``seconds``, and the attributes of ``Sampling``.
+        max_priority: the highest that counts; a request of a higher one is one of this.
 
     Raises:
         InputError: for anything else, naming every name that is unknown.
@@ -41,6 +42,8 @@ def submit_options(values: Any) -> dict[str, Any]:
     if "prompt" not in given:
         raise InputError("a request needs a prompt: text, or ids")
     options = {name: given[name] for name in ("prompt", *ENGINE_NAMES) if name in given}
+    if isinstance(options.get("priority", 0), int):
+        options["priority"] = min(options.get("priority", 0), max_priority)
     options["sampling"] = Sampling(**{name: given[name] for name in SAMPLING_NAMES if name in given})
     if "schedule" in given:
         options["schedule"] = _schedule(given["schedule"])

@@ -117,7 +117,12 @@ class CompletionRequest(_Strict):
     top_k: int | None = Field(None, ge=1, le=MOST_ID)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    priority: int | None = Field(None, ge=-100, le=100, description="Higher ones leave the queue first; default 0.")
+    priority: int | None = Field(
+        None,
+        ge=-100,
+        le=100,
+        description="Higher ones leave the queue first; default 0. What the server allows is the highest.",
+    )
     timeout_seconds: float | None = Field(None, gt=0, le=86400, description="What has come by then is the answer.")
 
     # What this server does not do: see _REFUSED.

@@ -45,6 +45,9 @@ class RaySettings:
         gpus: likewise.
         model_name: what requests call the model; empty: the name of the bundle's folder.
         api_key_file: likewise, on each machine; empty: no key is asked for.
+        allowed_hosts: as of ``ServeOptions``, with commas between.
+        max_priority: likewise; of a handle's requests, too.
+        check: as of ``motrt.load``; empty: ``answer`` where the bundle carries one, else ``size``.
         max_batch: as of ``EngineOptions``.
         max_queue: likewise.
         drain_seconds: how long a replica that has to go may finish what it began.
@@ -61,6 +64,9 @@ class RaySettings:
     gpus: float = 0.0
     model_name: str = ""
     api_key_file: str = ""
+    allowed_hosts: str = ""
+    max_priority: int = ServeOptions.max_priority
+    check: str = ""
     max_batch: int = ServeOptions.max_batch
     max_queue: int = ServeOptions.max_queue
     drain_seconds: float = 60.0
@@ -110,6 +116,9 @@ class RaySettings:
             max_queue=self.max_queue,
             drain_seconds=self.drain_seconds,
             api_key_file=Path(self.api_key_file) if self.api_key_file else None,
+            allowed_hosts=tuple(one.strip() for one in self.allowed_hosts.split(",") if one.strip()),
+            max_priority=self.max_priority,
+            check=self.check or None,
             backend=self.backend,
             threads=self.threads,
         )
@@ -150,7 +159,8 @@ class BundleServer:
 
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
-        self.replica = Replica(settings.bundle, settings.backend, settings.threads, settings.serve_options().engine())
+        options = settings.serve_options().engine()
+        self.replica = Replica(settings.bundle, settings.backend, settings.threads, options, settings.check)
 
     def check_health(self) -> None:
         """Asked by Ray every ``health_seconds``; what is raised here has the replica replaced."""
@@ -163,7 +173,7 @@ class BundleServer:
 
     async def stream(self, request: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """A plain request's steps, as they come; the first says who answers. Whoever stops listening has it cancelled."""
-        async for step in self.replica.engine.stream(**submit_options(request)):
+        async for step in self.replica.engine.stream(**submit_options(request, self.settings.max_priority)):
             yield plain_step(step) | ({"process": os.getpid()} if step.index == 0 else {})
 
     def __serve_build_asgi_app__(self) -> Any:

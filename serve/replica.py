@@ -12,6 +12,7 @@ from motrt.errors import EngineClosedError
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.engine import Engine, EngineOptions
 from motrt.runtime.session import Session
+from motrt.serve.service import THREAD_ENDED
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,22 @@ class Replica:
         backend: as of ``motrt.load``.
         threads: likewise.
         options: of the engine.
+        check: as of ``motrt.load``; empty: ``answer`` where the bundle carries one, else ``size``.
 
     Raises:
         MotrtError: when the bundle can not be opened, or what runs does not give the answer that it carries.
     """
 
     def __init__(
-        self, bundle: str | Path, backend: str = "auto", threads: int = 0, options: EngineOptions | None = None
+        self,
+        bundle: str | Path,
+        backend: str = "auto",
+        threads: int = 0,
+        options: EngineOptions | None = None,
+        check: str = "",
     ) -> None:
         started = time.perf_counter()
-        self.session = open_proven(bundle, backend, threads)
+        self.session = open_proven(bundle, backend, threads, check)
         try:
             self.engine = Engine(self.session, options)
             self._warm_up()
@@ -57,7 +64,7 @@ class Replica:
         Raises:
             EngineClosedError: when the engine is broken: this replica will serve nothing any more.
         """
-        failure = self.engine.state().failure
+        failure = self.engine.failure or ("" if self.engine.is_alive else THREAD_ENDED)
         if failure:
             raise EngineClosedError(failure)
 
@@ -69,9 +76,9 @@ class Replica:
         self.session.close()
 
 
-def open_proven(bundle: str | Path, backend: str = "auto", threads: int = 0) -> Session:
-    """A session that gave the bundle's known answer; of a bundle that carries none, one whose files have the right sizes."""
-    check = "size" if open_bundle(bundle).manifest.answer is None else "answer"
-    if check == "size":
+def open_proven(bundle: str | Path, backend: str = "auto", threads: int = 0, check: str = "") -> Session:
+    """A session that passed ``check``, or gave the bundle's known answer; where it has none, its files have the right sizes."""
+    if not check and open_bundle(bundle).manifest.answer is None:
         logger.warning("%s carries no known answer, so this session is not asked for it: export it again", bundle)
-    return motrt.load(bundle, backend=backend, num_threads=threads, check=check)
+        check = "size"
+    return motrt.load(bundle, backend=backend, num_threads=threads, check=check or "answer")

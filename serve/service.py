@@ -6,7 +6,7 @@ every modality has been generated. It stops being ready when it drains and when 
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from motrt.errors import BackendError, EngineClosedError, InputError
@@ -25,6 +25,7 @@ Loader = Callable[[], Session]
 WARM_UP_SECONDS = 600.0
 
 LOADING, DRAINING = "the model is being loaded", "the server is shutting down and takes no more requests"
+THREAD_ENDED = "the engine's thread has ended: nothing is generated any more, and only another start helps"
 
 
 def loader_of(path: Path, options: ServeOptions) -> Loader:
@@ -32,7 +33,7 @@ def loader_of(path: Path, options: ServeOptions) -> Loader:
     return lambda: load(path, options.backend, check_for(path, options), options.threads)
 
 
-def check_for(path: Path, options: ServeOptions) -> str:
+def check_for(path: Path, options: ServeOptions) -> str | Collection[str]:
     """The check that was asked for; where none was, the strictest that there can be.
 
     Raises:
@@ -75,9 +76,27 @@ class Service:
         self._starting: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to load and warm up, in a thread; ``reason`` tells how far it is."""
-        self._starting = threading.Thread(target=self._start, name="motrt-load", daemon=True)
-        self._starting.start()
+        """Begin to load and warm up, in a thread, if that has not begun; ``reason`` tells how far it is."""
+        with self._lock:
+            if self._starting is not None:
+                return
+            # Not a daemon: a thread in the midst of onnxruntime, when the interpreter ends, ends the process by SIGABRT.
+            self._starting = threading.Thread(target=self._start, name="motrt-load")
+            self._starting.start()
+
+    def start_late(self) -> None:
+        """Begin now, where nobody has: what a request to an application does whose lifespan was not run."""
+        if self._starting is None and not self.is_draining:
+            logger.warning(
+                "the application's lifespan was not run, as where it is mounted in another one: the model is loaded now, "
+                "for the first request, and nobody closes it. Enter app.router.lifespan_context(app) in the outer lifespan"
+            )
+            self.start()
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread that ``start`` made still works."""
+        return self._starting is not None and self._starting.is_alive()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether the service is ready, once it has loaded or failed, or so long has passed."""
@@ -96,12 +115,18 @@ class Service:
             return LOADING
         if self.engine.failure:
             return self.engine.failure
+        if not self.engine.is_alive:
+            return THREAD_ENDED
         return "" if self._is_warm else "the model is being warmed up"
 
     @property
     def is_lost(self) -> bool:
         """Whether only another start can help."""
-        return self.load_failure is not None or (self.engine is not None and bool(self.engine.failure))
+        if self.load_failure is not None:
+            return True
+        if self.engine is None:
+            return False
+        return bool(self.engine.failure) or not (self.engine.is_alive or self.is_draining)
 
     def ready_engine(self) -> Engine:
         """The engine.

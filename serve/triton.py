@@ -85,6 +85,7 @@ def _write_generate(bundle: Bundle, model: Path) -> None:
         shutil.copyfile(bundle.path / name, copied / name)
     _version_of(model).joinpath(MODEL_CODE).write_text(_CODE, encoding="utf-8")
     settings = {"bundle": BUNDLE_FOLDER, "backend": "auto", "threads": "0", "max_batch": "8", "max_queue": "64"}
+    settings |= {"max_priority": "0", "check": ""}
     body = [
         "model_transaction_policy { decoupled: true }",
         # Triton places nothing here: the runtime takes the first GPU that it sees, or the CPU. One engine batches for all.

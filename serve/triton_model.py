@@ -66,7 +66,9 @@ class TritonPythonModel:
         settings = {name: one["string_value"] for name, one in json.loads(args["model_config"])["parameters"].items()}
         options = EngineOptions(max_batch=int(settings["max_batch"]), max_queue=int(settings["max_queue"]))
         folder = Path(pb_utils.get_model_dir()).parent / settings["bundle"]  # get_model_dir: the version's folder
-        self.replica = Replica(folder, settings["backend"], int(settings["threads"]), options)
+        # Repositories that were written before these two were known lack them.
+        self.max_priority = int(settings.get("max_priority", "0"))
+        self.replica = Replica(folder, settings["backend"], int(settings["threads"]), options, settings.get("check", ""))
         self.answering: set[threading.Thread] = set()
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -74,7 +76,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                stream = self.replica.engine.submit(**submit_options(self._values(request)))
+                stream = self.replica.engine.submit(**submit_options(self._values(request), self.max_priority))
             except MotrtError as failure:
                 self._send_error(sender, failure)
                 continue

@@ -261,6 +261,45 @@ def test_weights_that_were_changed_after_the_export_are_heard(bundle_copy: Path)
         load(bundle_copy, check="answer")
 
 
+def flip(bundle: Path) -> None:
+    """One bit of one weight, which the question does not hear."""
+    data = bundle / "model.onnx.data"
+    held = bytearray(data.read_bytes())
+    held[0] ^= 1
+    data.write_bytes(bytes(held))
+
+
+@pytest.mark.parametrize(
+    "check", ["hash,answer", "answer, hash", ("hash", "answer"), ["answer", "hash", "size"], {"answer", "hash"}]
+)
+def test_hash_and_answer_are_asked_for_together_and_each_refuses(check: Any, tiny_bundle: Path, bundle_copy: Path) -> None:
+    load(tiny_bundle, check=check).close()
+    rewrite(bundle_copy, lambda values: values["answer"]["logits"][0][0].__setitem__(0, 3.0))
+    with pytest.raises(ParityError):
+        load(bundle_copy, check=check)
+    rewrite(bundle_copy, lambda values: values.__setitem__("answer", json.loads(read_manifest(tiny_bundle))["answer"]))
+    load(bundle_copy, check=check).close()
+    flip(bundle_copy)
+    load(bundle_copy, check="answer").close()  # which is why the other is there
+    with pytest.raises(BundleError, match="hash"):
+        load(bundle_copy, check=check)
+
+
+def read_manifest(bundle: Path) -> str:
+    return (bundle / "manifest.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("checks", [("hash",), ("hash", "answer"), ("answer", "hash")])
+def test_generate_asks_for_both_where_both_are_named(checks: tuple[str, ...], bundle_copy: Path) -> None:
+    command = ["generate", str(bundle_copy), "--prompt-ids", "1,2,3", "--max-tokens", "2", "--json"]
+    command += [word for one in checks for word in ("--check", one)]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    flip(bundle_copy)
+    assert CliRunner().invoke(main, [*command[:7], "--check", "answer"]).exit_code == 0
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1 and json.loads(result.stdout)["error"] == "BundleError"
+
+
 # Where there is no answer.
 
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 
 from motrt.runtime.engine import Engine
 from motrt.serve.app import create_app
+from motrt.serve.connections import listen
 from motrt.serve.options import ServeOptions
-from motrt.serve.server import Server
+from motrt.serve.server import Server, config_of
 from motrt.serve.service import Service
 
+POST = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 ASK: dict[str, Any] = {"model": "tiny", "prompt": [1, 2, 3], "temperature": 0}
 
 
@@ -66,10 +67,9 @@ def eventually(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
 def running(source: Any, options: ServeOptions) -> Iterator[Served]:
     """A server in a thread; its end is waited for."""
     app = create_app(source, options)
-    config = uvicorn.Config(app, port=0, host="127.0.0.1", log_config=None, ws="none", timeout_graceful_shutdown=1)
-    listener = config.bind_socket()
+    (listener,) = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = Server(config, app.state.service)
+    server = Server(config_of(app, options), app.state.service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -18,9 +18,11 @@ from motrt.model_def.config import ModelConfig
 from motrt.runtime.engine import Engine, EngineOptions
 from motrt.runtime.load import load
 from motrt.runtime.session import Session
-from motrt.serve.guard import EventStream, JsonLines, Rates
+from motrt.serve.guard import Rates
 from motrt.serve.options import ServeOptions
-from motrt.tests.serve.served import ASK, Serve, Served, eventually, running
+from motrt.serve.recorder import JsonLines
+from motrt.serve.replies import EventStream
+from motrt.tests.serve.served import ASK, POST, Serve, Served, eventually, running
 
 Slowly = Callable[[Engine, float], None]
 LONG = {"schedule": "text", "max_tokens": 120, "stream": True}
@@ -195,7 +197,7 @@ def test_limits_of_the_server_are_below_those_of_the_model(serve: Serve) -> None
 def test_a_body_that_is_too_large_is_not_read_to_its_end(serve: Serve) -> None:
     with serve(max_body_bytes=1000) as served:
         error_of(served.ask(prompt=[1] * 1000), 413, "body_too_large")
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = POST.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
         with served.raw(head + b"400\r\n" + b" " * 0x400 + b"\r\n") as connection:  # and no end of it
             assert connection.recv(4096).startswith(b"HTTP/1.1 413")
         assert served.ask().status_code == 200
@@ -203,7 +205,7 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(serve: Serve) -> None:
 
 def test_a_body_that_comes_too_slowly_is_given_up(serve: Serve) -> None:
     with serve(body_seconds=0.2) as served:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"
+        head = POST.encode() + b"Content-Length: 10\r\n\r\n{"
         with served.raw(head) as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         assert served.ask().status_code == 200
@@ -262,7 +264,7 @@ def test_the_row_of_a_client_that_leaves_mid_stream_is_free(serve: Serve, slowly
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_waits_is_not_waited_for(stream: bool, serve: Serve, slowly: Slowly) -> None:
     body = json.dumps({**ASK, **LONG, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"{POST}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with serve(max_batch=1) as served:
         slowly(served.engine, 0.03)
         connections = [served.raw(head.encode() + body) for _ in range(3)]  # one runs, two wait
@@ -275,7 +277,7 @@ def test_a_client_that_leaves_while_it_waits_is_not_waited_for(stream: bool, ser
 
 def test_a_reader_that_reads_nothing_delays_nobody(serve: Serve) -> None:
     body = json.dumps({**ASK, **LONG}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"{POST}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with serve() as served, served.raw(head.encode() + body):
         assert served.ask(max_tokens=50).json()["usage"]["completion_tokens"] == 50
         assert eventually(lambda: is_idle(served))

@@ -23,6 +23,8 @@ from motrt.serve.options import ServeOptions, read_keys
         ("request_seconds", float("nan")),
         ("model_name", ""),
         ("check", "trust"),
+        ("check", ("hash", "trust")),
+        ("check", ()),
         ("backend", "abacus"),
         ("max_batch", 0),
     ],

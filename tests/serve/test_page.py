@@ -211,6 +211,10 @@ def test_the_page_takes_nothing_from_elsewhere_and_makes_no_markup_of_what_it_he
     assert policy and "unsafe" not in policy[1] and "default-src 'none'" in policy[1]
 
 
+def test_the_page_asks_beside_itself_whatever_path_it_lies_under() -> None:
+    assert re.findall(r"fetch\(([^,]*),", SCRIPT) == ['"v1/engine"', '"v1/completions"']
+
+
 def test_every_field_has_a_label_and_no_attribute_holds_style_or_script() -> None:
     for name in re.findall(r'<(?:input|textarea) id="(\w+)"', BODY):
         assert f'<label for="{name}">' in BODY

@@ -121,6 +121,13 @@ def test_settings_are_read_from_words_and_every_wrong_one_is_named() -> None:
     options = found.deployment_options()
     assert options["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 8}
     assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.5}
+    found = RaySettings.from_words(
+        {"bundle": "b", "allowed_hosts": "a.example, b.example", "max_priority": "3", "check": "hash,answer"}
+    )
+    served = found.serve_options()
+    assert (served.allowed_hosts, served.max_priority, served.check) == (("a.example", "b.example"), 3, "hash,answer")
+    with pytest.raises(InputError, match="check must be"):
+        RaySettings("b", check="trust")
     with pytest.raises(InputError, match=r"(?s)'colour' is not known.*replicas must be of type int.*no bundle"):
         RaySettings.from_words({"colour": "red", "replicas": "two"})
     with pytest.raises(InputError, match=r"(?s)replicas must be at least 1.*cpus must not be negative"):
