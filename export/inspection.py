@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 import torch
 
-from motrt.errors import BundleError, InputError, MotrtError
-from motrt.export.onnx_check import census
+from motrt.errors import BundleError, InputError, MotrtError, raise_all
+from motrt.export.onnx_check import census, weight_problems
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, read_graph, stored_tensor
@@ -168,16 +168,13 @@ def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
 
 def _reader(bundle: Bundle) -> Read:
     """The weights that the canonical graph holds, or what its codes stand for."""
-    if bundle.manifest.quantization is not None:
-        return QuantizedWeights(bundle.model_path, bundle.config, bundle.manifest.quantization).read
-    stored = {one.name: one for one in read_graph(bundle.model_path).graph.initializer}
-
-    def read(name: str) -> torch.Tensor:
-        if name not in stored:
-            raise BundleError(f"{bundle.model_path} lacks the weight {name}: export it again")
-        return stored_tensor(stored[name], bundle.path)
-
-    return read
+    model, quantization = read_graph(bundle.model_path), bundle.manifest.quantization
+    problems = weight_problems(model, bundle.config, DTYPE_OF_PRECISION[bundle.manifest.precision], CANONICAL, quantization)
+    raise_all(BundleError, f"{bundle.model_path} does not hold the weights of its model; export it again:", problems)
+    if quantization is not None:
+        return QuantizedWeights(bundle.model_path, bundle.config, quantization).read
+    stored = {one.name: one for one in model.graph.initializer}
+    return lambda name: stored_tensor(stored[name], bundle.path)
 
 
 def _planned(graph: Graph, manifest: Manifest) -> dict[str, Any]:

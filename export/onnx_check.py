@@ -50,7 +50,7 @@ def check_onnx(
     """
     try:
         onnx.checker.check_model(model_file, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as failure:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as failure:
         raise ExportError(f"{model_file} is no valid ONNX: {failure}") from failure
     model = read_graph(model_file)
     signature = Signature.of(graph, config, dtype)
@@ -94,11 +94,16 @@ def weight_problems(
         if tensor is None:
             problems.append(f"{name} is missing")
         elif tuple(tensor.dims) != dims or tensor.data_type != kind.value:
-            came, expected = (TensorProto.DataType.Name(number).lower() for number in (tensor.data_type, kind.value))
+            came, expected = (_type_name(number) for number in (tensor.data_type, kind.value))
             problems.append(f"{name} should be {expected}{list(dims)} ({came}{list(tensor.dims)} came)")
         elif name not in read:
             problems.append(f"{name} is stored and nothing reads it")
     return problems
+
+
+def _type_name(number: int) -> str:
+    known = number in TensorProto.DataType.values()
+    return str(TensorProto.DataType.Name(number)).lower() if known else f"type {number}"
 
 
 def census(model: onnx.ModelProto) -> dict[str, int]:

@@ -89,11 +89,13 @@ def stored_bytes(tensor: TensorProto, folder: Path) -> np.ndarray[Any, np.dtype[
     """The bytes of one initializer, from the graph or from its external data in ``folder``.
 
     Raises:
-        BundleError: when the data are missing, lie outside the folder, or are too short.
+        BundleError: when the data are missing, lie outside the folder, or are not as many as dims and type say.
     """
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return np.frombuffer(bytearray(onnx.numpy_helper.to_array(tensor).tobytes()), np.uint8)
     entries, count = _entries(tensor), num_bytes(tensor)
+    if any(dim < 0 for dim in tensor.dims):
+        raise BundleError(f"{tensor.name} has the dims {list(tensor.dims)}: fetch or export its file again")
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return np.frombuffer(bytearray(_in_the_graph(tensor).tobytes()), np.uint8)
     location, offset = entries.get("location", ""), entries.get("offset", "0")
     if not _is_beside(location, folder):
         raise BundleError(f"the values of {tensor.name} should lie in {folder}, not in {location!r}: fetch or export it again")
@@ -107,15 +109,24 @@ def stored_tensor(tensor: TensorProto, folder: Path) -> torch.Tensor:
     """One initializer of a type in ``TORCH_OF_ONNX``, in its dims.
 
     Raises:
-        BundleError: as ``stored_bytes``.
+        BundleError: as ``stored_bytes``, and for another type.
     """
     dims = tuple(tensor.dims)
+    if tensor.data_type not in TORCH_OF_ONNX:
+        raise BundleError(f"{tensor.name} is of type {dtype_name(tensor.data_type)}, which no weight is: export it again")
     if tensor.data_type == TensorProto.INT4 and tensor.data_location != TensorProto.EXTERNAL:
-        return torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype(np.int8)).reshape(dims)
+        return torch.from_numpy(_in_the_graph(tensor).astype(np.int8)).reshape(dims)
     values = torch.from_numpy(stored_bytes(tensor, folder))
     if tensor.data_type == TensorProto.INT4:
         return _unpacked(values)[: prod(dims)].reshape(dims)
     return values.view(TORCH_OF_ONNX[tensor.data_type]).reshape(dims)
+
+
+def _in_the_graph(tensor: TensorProto) -> np.ndarray[Any, Any]:
+    try:
+        return onnx.numpy_helper.to_array(tensor)
+    except Exception as failure:  # of many kinds, one for every way in which type, dims and values can disagree
+        raise BundleError(f"{tensor.name} does not hold what it says ({failure}): fetch or export its file again") from None
 
 
 def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
@@ -125,7 +136,12 @@ def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
 
 
 def _entries(tensor: TensorProto) -> dict[str, str]:
-    return {item.key: item.value for item in tensor.external_data}
+    return {_text(item.key): _text(item.value) for item in tensor.external_data}
+
+
+def _text(value: str | bytes) -> str:
+    """Protobuf gives bytes for what is no UTF-8."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _is_beside(name: str, folder: Path) -> bool:

@@ -17,6 +17,7 @@ from motrt.export.parity.token_file import read_token_file
 from motrt.export.report_page import check_writable, write_report
 from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
+from motrt.model_def.graph import CANONICAL
 from motrt.runtime.bundle import Bundle, open_bundle
 from motrt.runtime.load import open_session, other_ways, source_of
 from motrt.runtime.tokenizer import read_tokenizer
@@ -82,11 +83,20 @@ def verify_bundle(
             f"{checkpoint.path} is not the checkpoint that {bundle.path} was made of (its hash differs): "
             "name the right one with --checkpoint, or export again"
         )
+    if backend == "onnxruntime":
+        with steps.step("open what is examined"):
+            _refuse_what_can_not_run(subject_of(bundle), num_threads)
     report = _climbed(bundle, checkpoint, steps, num_threads, backend, extras)
     report = replace(report, evidence={**_circumstances(bundle), **report.evidence})
     if options.report is not None:
         write_report(report.to_page(), options.report)
     return report
+
+
+def _refuse_what_can_not_run(subject: Subject, num_threads: int) -> None:
+    """Open each graph once: P1 asks its questions of graphs that are valid, and onnxruntime says of others what is wrong."""
+    for graph in (CANONICAL, *subject.graphs):
+        subject.open(num_threads, (graph,)).close()
 
 
 def _extras(bundle: Bundle, options: VerifyOptions) -> Extras:

@@ -22,7 +22,7 @@ from motrt.model_def.graph import TARGETS, Graph, Target
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
-from motrt.runtime.engine_record import EngineRecord
+from motrt.runtime.engine_record import EngineRecord, parity_report
 from motrt.runtime.graph_file import graph_problems
 from motrt.runtime.known_answer import KnownAnswer
 
@@ -274,9 +274,9 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             precision=values["precision"],
             files={name: FileRecord(int(one["bytes"]), str(one["sha256"])) for name, one in values["files"].items()},
             source={name: str(values["source"][name]) for name in ("path", "sha256")},
-            versions=dict(values["versions"]),
-            parity=None if values["parity"] is None else dict(values["parity"]),
-            operators=dict(values.get("operators", {})),
+            versions={name: str(version) for name, version in values["versions"].items()},
+            parity=parity_report(values["parity"]),
+            operators={name: int(count) for name, count in values.get("operators", {}).items()},
             target=values.get("target", "onnx"),
             graphs=tuple(Graph.from_dict(one, config) for one in values.get("graphs", ())),
             engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),

@@ -98,7 +98,7 @@ class EngineRecord:
             options=dict(values["options"]),
             layers={name: int(count) for name, count in values["layers"].items()},
             seconds=float(values["seconds"]),
-            parity=None if parity is None else dict(parity),
+            parity=parity_report(parity),
         )
 
     def differences(self, versions: Mapping[str, str], gpu: str, compute_capability: str) -> list[str]:
@@ -133,6 +133,14 @@ class EngineRecord:
             for dim, size in sizes.items()
             if dim in self.ranges and not self.ranges[dim].least <= size <= self.ranges[dim].most
         ]
+
+
+def parity_report(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A gate's report, which has a verdict and a backend, or None; KeyError, TypeError or ValueError for anything else."""
+    if values is None:
+        return None
+    told = dict(values)
+    return {**told, "verdict": str(told["verdict"]), "backend": str(told["backend"])}
 
 
 def record_of(records: Sequence[EngineRecord], graph: Graph) -> EngineRecord | None:

@@ -141,12 +141,12 @@ class OnnxSession(Session):
         name, settings = self._provider(graph)
         try:
             session = _inference_session(instead or file, file.parent, options, (name, settings))
+            inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())  # names that are no UTF-8 fail here
         except Exception as failure:  # onnxruntime's exceptions share no base of their own
             place = name.removesuffix("ExecutionProvider")
             raise BackendError(f"onnxruntime {ort.__version__} can not run {file} on the {place}: {failure}") from failure
         if session.get_providers()[0] != name:
             raise BackendError(f"onnxruntime {ort.__version__} fell back to the CPU: see `motrt inspect --backends`")
-        inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
         cache_dtype = next((spec.dtype for spec in inputs if spec.name == past_key(0)), "float32")
         signature = Signature.of(graph, self.config, cache_dtype if cache_dtype in FLOAT_DTYPES else "float32")
         problems = signature.differences(inputs, outputs)

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,10 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a source that is nothing": lambda values: values.update(source=None),
     "versions that are a number": lambda values: values.update(versions=3),
     "parity that is a number": lambda values: values.update(parity=1),
+    "parity without a verdict": lambda values: values.update(parity={"backend": "onnxruntime"}),
+    "versions that are a list": lambda values: values.update(versions=["1"]),
+    "operators without numbers": lambda values: values.update(operators={"Gemm": "many"}),
+    "operators whose number is a list": lambda values: values.update(operators={"Gemm": [1]}),
     "operators that are a number": lambda values: values.update(operators=3),
     "weights that lie nowhere": lambda values: values.update(weight_places={"norm.weight": [float("inf"), 4]}),
     "weights of another size": lambda values: values.update(weight_places={"norm.weight": [0, 4]}),
@@ -306,3 +310,57 @@ def test_the_same_change_that_stays_inside_is_run(bundle_copy: Path) -> None:
     lead_out(bundle_copy, "./model.onnx.data")
     with load(bundle_copy, check="hash") as session:
         assert np.isfinite(session.prefill([[1]], "text")[0][:, :96]).all()
+
+
+ODD: tuple[Any, ...] = (
+    None, True, 0, -1, 2**63, 10**400, 1.5, 1e308, float("nan"), float("-inf"), "", "a", "../x", "\0", "\ud800",
+    [], [1], [[]], [None], {}, {"a": 1}, {"": {}}, ["x"] * 3,
+)  # fmt: skip
+
+
+def places(values: Any, behind: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where values lie in a manifest; of long lists the first alone."""
+    found = values.items() if isinstance(values, dict) else enumerate(values[:2]) if isinstance(values, list) else ()
+    for key, value in found:
+        yield (*behind, key)
+        yield from places(value, (*behind, key))
+
+
+def odd(values: dict[str, Any], chance: random.Random) -> None:
+    """Put something else in a place or two, and leave things out."""
+    for _ in range(chance.choice((1, 1, 2))):
+        *way, last = chance.choice(list(places(values)))
+        held: Any = values
+        for key in way:
+            held = held[key]
+        if chance.random() < 0.8:
+            held[last] = chance.choice(ODD)
+        else:
+            del held[last]
+
+
+def test_odd_values_anywhere_in_a_manifest_are_sentences_or_harmless(bundle_copy: Path) -> None:
+    file = bundle_copy / MANIFEST_FILE
+    whole, opened = file.read_text(encoding="utf-8"), 0
+    for number in range(250):
+        values = json.loads(whole)
+        values["engines"] = [{"graph": "g", "ranges": {"b": [1, 2, 3]}}] if number % 9 == 0 else []
+        values["parity"] = {"verdict": "PASS", "backend": "onnxruntime"}
+        odd(values, random.Random(number))
+        write_values(file, values)
+        try:
+            bundle = open_bundle(bundle_copy)
+        except BundleError:
+            continue
+        opened += 1
+        assert all(isinstance(count, int) for count in bundle.manifest.operators.values())
+        assert bundle.manifest.parity is None or set(map(type, bundle.manifest.parity.values())) == {str}
+    assert 0 < opened < 125
+
+
+def test_a_manifest_that_says_a_thing_twice_is_refused(bundle_copy: Path) -> None:
+    file = bundle_copy / MANIFEST_FILE
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('{\n "answer"', '{\n "precision": "fp16",\n "answer"'), encoding="utf-8")
+    with pytest.raises(BundleError, match="was changed after the export"):
+        open_bundle(bundle_copy)
