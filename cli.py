@@ -375,7 +375,7 @@ QUANTIZE_OPTIONS = (
     click.option(
         "--block-size", type=click.IntRange(1), help="Weights that share a scale.  [default: 128, or what the widths allow]"
     ),
-    click.option("--asymmetric", is_flag=True, help="A zero point for every block, too."),
+    click.option("--asymmetric", is_flag=True, help="A zero point for every block, too; it does not always lose less."),
     click.option("--part", multiple=True, help="Store a part otherwise: head=int8, expert.audio=int4:32, embedding=none."),
     click.option("--scales", type=click.Choice(["search", "absmax"]), help="How scales are chosen.  [default: search]"),
     click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help="What codes are multiplied in."),

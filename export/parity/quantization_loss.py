@@ -125,7 +125,7 @@ def _judge(name: str, found: Sequence[tuple[float, bool, float]], limit: float) 
     if not mean <= limit:
         problems.append(
             f"mean KL {mean:.3g} nats over {limit:g}: the graph is right and the format loses too much of this model; take "
-            "--precision int8, smaller blocks, zero points (--asymmetric), or keep a part (--part head=int8)"
+            "--precision int8, smaller blocks (--block-size), or keep a part (--part head=int8)"
         )
     return judged(
         LOSS,
