@@ -45,7 +45,8 @@ def rounded_activations_limit(config: ModelConfig, block: int) -> float:
     A block's largest magnitude is code 127, and an error of a step is spread evenly over it: its standard deviation is
     1 / sqrt(12) of the step. So the errors of a block come to at most sqrt(block) / (127 sqrt(12)) of its norm, which at worst
     is its largest magnitude alone. Normally distributed activations stay four times below that; those of trained models, where
-    a few channels stand out, come close. No SAFETY: it is a bound already.
+    a few channels stand out, come close. No SAFETY: it bounds what one product adds. What the rest of a model makes of that it
+    does not bound (an outlying channel that few weights read is an error that many do): there the gate asks PyTorch.
     """
     products = ROUNDED_PRODUCTS_PER_LAYER * config.num_layers + ROUNDED_PRODUCTS_OUTSIDE
     return sqrt(block) / (127.0 * sqrt(12.0)) * sqrt(products)

@@ -157,6 +157,6 @@ def explanation(
     lines.append(f"limit: {limit:.3g}")
     if rounded is not None:
         lines.append(
-            f"as deployed, products round activations to 8 bits: {rounded:.3g} more, what such rounding can do at most"
+            f"as deployed, products round activations to 8 bits: {rounded:.3g} more, the most that such rounding adds in its products"
         )
     return lines
