@@ -1,6 +1,7 @@
 """From a path to a session: which backend runs what lies there."""
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def load(
         raise InputError(f"check must be {', '.join(map(repr, CHECKS[:-1]))} or {CHECKS[-1]!r} ({check!r} came)")
     if not isinstance(num_threads, int) or not 0 <= num_threads <= MOST_THREADS:
         raise InputError(f"num_threads must be a whole number in 0..{MOST_THREADS}, 0: one per core ({num_threads!r} came)")
-    if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
+    if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and os.path.lexists(folder / "config.json"))):
         if check == "answer":
             raise InputError(f"{folder} is a checkpoint, and bundles alone carry a known answer: make one with `motrt export`")
         return _with_tokenizer(*_torch_session(folder))

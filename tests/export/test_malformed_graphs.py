@@ -21,15 +21,19 @@ Change = Callable[[onnx.ModelProto], object]
 
 
 def tensor(model: onnx.ModelProto, name: str = "norm.weight") -> TensorProto:
-    return next(one for one in model.graph.initializer if one.name == name)
+    found: TensorProto = next(one for one in model.graph.initializer if one.name == name)
+    return found
 
 
 def node(model: onnx.ModelProto, kind: str) -> onnx.NodeProto:
-    return next(one for one in model.graph.node if one.op_type == kind)
+    found: onnx.NodeProto = next(one for one in model.graph.node if one.op_type == kind)
+    return found
 
 
 def entry(model: onnx.ModelProto, key: str) -> onnx.StringStringEntryProto:
-    return next(one for one in tensor(model, "tok_embeddings.weight").external_data if one.key == key)
+    found = next(one for one in tensor(model, "tok_embeddings.weight").external_data if one.key == key)
+    assert isinstance(found, onnx.StringStringEntryProto)
+    return found
 
 
 def inline(model: onnx.ModelProto) -> None:

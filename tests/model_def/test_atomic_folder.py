@@ -142,7 +142,7 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
     assert (out / "a").read_text() == "1"
 
 
-def _meanwhile(monkeypatch: pytest.MonkeyPatch, does: Callable[[], None]) -> None:
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, does: Callable[[], object]) -> None:
     """Let another run do something between the opening of the partial folder and its locking, once."""
     lock, left = fcntl.flock, [does]
 

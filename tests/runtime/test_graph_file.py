@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,7 @@ def put(model: onnx.ModelProto, node: onnx.NodeProto, constant: bool = True) -> 
         model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
 
 
-def put_constant(model: onnx.ModelProto, **attribute: object) -> None:
+def put_constant(model: onnx.ModelProto, **attribute: Any) -> None:
     put(model, helper.make_node("Constant", [], ["planted"], **attribute), constant=False)
 
 

@@ -1,6 +1,7 @@
 """What is too old is refused with the version that is needed, on every path that needs it, and before any work."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,7 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 def old(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Versions that are said to be installed, by package; the others are what they are."""
     said: dict[str, str] = {}
-    true = versions.version
-    monkeypatch.setattr(versions, "version", lambda package: said.get(package) or true(package))
+    monkeypatch.setattr(versions, "version", lambda package: said.get(package) or version(package))
     return said
 
 
