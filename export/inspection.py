@@ -21,13 +21,14 @@ from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.checkpoint.raw_state import RawState
 from motrt.model_def.checkpoint.sniff import kind_of, open_raw, weight_files
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.file_problem import folder_problem
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.health import diagnose, scan
 from motrt.model_def.parameters import Parameter, parameters, parameters_read
 from motrt.model_def.quantization import Quantization, stored_bytes_of
 from motrt.model_def.signature import DTYPE_OF_PRECISION
-from motrt.runtime.bundle import Bundle, Manifest, open_bundle, sha256_of
+from motrt.runtime.bundle import Bundle, Manifest, is_bundle, open_bundle, sha256_of
 from motrt.runtime.engine_record import record_of
 
 WHY_NO_CONFIGURATION = {
@@ -55,8 +56,8 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     """
     steps, where = steps or Steps(), Path(path)
     if not where.exists():
-        raise InputError(f"nothing lies at {where}: give a checkpoint, a bundle or an ONNX file")
-    kind = kind_of(where)
+        raise InputError(f"nothing lies at {where}, which {folder_problem(where)}: give a checkpoint, a bundle or an ONNX file")
+    kind = "bundle" if is_bundle(where) else kind_of(where)
     if kind == "native":
         return {"kind": "native checkpoint", **_checkpoint(open_checkpoint(where), steps)}
     if kind == "bundle":
@@ -68,9 +69,15 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     if kind == "unknown":
         raise InputError(
             f"{where} is nothing that motrt knows: a native checkpoint has config.json and model.safetensors, a bundle has "
-            "manifest.json, foreign checkpoints are .pt, .pth or safetensors"
+            f"manifest.json, foreign checkpoints are .pt, .pth or safetensors{_told_broken_links(where)}"
         )
     return {"kind": kind, **_raw(kind, where, steps)}
+
+
+def _told_broken_links(where: Path) -> str:
+    """Why a folder of links may be known as nothing."""
+    names = sorted(one.name for one in where.iterdir() if one.is_symlink() and not one.exists()) if where.is_dir() else []
+    return f" (links that lead nowhere: {', '.join(names)})" if names else ""
 
 
 def size_table(config: ModelConfig, bytes_per_weight: int, quantization: Quantization | None = None) -> dict[str, Any]:

@@ -195,7 +195,8 @@ def _canonical(values: Mapping[str, Any]) -> str:
 
 
 def is_bundle(path: Path) -> bool:
-    return (path / MANIFEST_FILE).is_file()
+    """Whether ``path`` holds a manifest, be it a link that leads nowhere: ``open_bundle`` says what is wrong with it."""
+    return os.path.lexists(path / MANIFEST_FILE)
 
 
 def open_bundle(path: str | Path, check: str = "size", progress: Callable[[int], None] = lambda num_bytes: None) -> Bundle:

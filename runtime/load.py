@@ -1,6 +1,7 @@
 """From a path to a session: which backend runs what lies there."""
 
 import logging
+import os
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(
     checks = checks_of(check)
     if not isinstance(num_threads, int) or not 0 <= num_threads <= MOST_THREADS:
         raise InputError(f"num_threads must be a whole number in 0..{MOST_THREADS}, 0: one per core ({num_threads!r} came)")
-    if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and (folder / "config.json").is_file())):
+    if not is_bundle(folder) and (backend == "torch" or (backend == "auto" and os.path.lexists(folder / "config.json"))):
         if "answer" in checks:
             raise InputError(f"{folder} is a checkpoint, and bundles alone carry a known answer: make one with `motrt export`")
         return _with_tokenizer(*_torch_session(folder))

@@ -38,6 +38,7 @@ STANDARD_LIBRARY_ALONE = (
     "errors.py",
     "model_def/atomic_folder.py",
     "model_def/config.py",
+    "model_def/file_problem.py",
     "model_def/graph.py",
     "model_def/parameters.py",
     "model_def/quantization.py",

@@ -142,3 +142,22 @@ def test_a_linked_folder_of_another_format_is_converted_as_the_folder_is(layout:
         answered("convert", tmp_path / out, "--llama", path)
     assert open_checkpoint(tmp_path / "one").sha256() == open_checkpoint(tmp_path / "other").sha256()
     assert answered("inspect", linked)["health"] == answered("inspect", llama)["health"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "model.onnx.data"])
+def test_a_blob_that_is_gone_is_named_by_every_command(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    linked = hub(tiny_bundle, tmp_path / "hub")
+    (linked / name).resolve().unlink()
+    for command in (["generate", linked, "--prompt-ids", 1], ["inspect", linked], ["verify", linked], ["bench", linked]):
+        done = run(*command)
+        assert done.exit_code == 1 and f"{name} is a link to ../../blobs/" in done.stderr, done.output
+        assert "damaged" not in done.stderr
+
+
+def test_a_checkpoint_whose_configuration_is_gone_is_no_missing_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    linked = hub(tiny_checkpoint, tmp_path / "hub")
+    (linked / "config.json").resolve().unlink()
+    assert "config.json is a link to ../../blobs/" in run("generate", linked, "--prompt-ids", 1).stderr
+    assert "links that lead nowhere: config.json" in run("inspect", linked).stderr
+    (tmp_path / "link").symlink_to("gone")
+    assert "link, which is a link to gone, which is not there" in run("inspect", tmp_path / "link").stderr
