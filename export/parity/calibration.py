@@ -156,7 +156,5 @@ def explanation(
         )
     lines.append(f"limit: {limit:.3g}")
     if rounded is not None:
-        lines.append(
-            f"as deployed, products round activations to 8 bits: {rounded:.3g} more, the most that such rounding adds in its products"
-        )
+        lines.append(f"as deployed, products round activations to 8 bits: {rounded:.3g} more, the most that it adds there")
     return lines
