@@ -19,7 +19,7 @@ from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.llama import META_PARAMS
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.checkpoint.raw_state import RawState
-from motrt.model_def.checkpoint.sniff import kind_of, open_raw, weight_files
+from motrt.model_def.checkpoint.sniff import kind_of, open_raw, refuse_unreadable, weight_files
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.file_problem import folder_problem
 from motrt.model_def.graph import CANONICAL, Graph
@@ -67,6 +67,7 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
     if kind == "onnx":
         return {"kind": "ONNX file", **_onnx(where, steps)}
     if kind == "unknown":
+        refuse_unreadable(where)
         raise InputError(
             f"{where} is nothing that motrt knows: a native checkpoint has config.json and model.safetensors, a bundle has "
             f"manifest.json, foreign checkpoints are .pt, .pth or safetensors{_told_broken_links(where)}"

@@ -389,13 +389,16 @@ def _put_or_note(
 
 def _contradiction(raw: RawState, key: str, reason: str, config: ModelConfig) -> str | None:
     """Why a key that is not needed cannot be left out; None where it can."""
-    if reason == mot.UNIT_NORM and not bool((raw.read(key) == 1).all()):
+    tensor = raw.tensors[key]
+    if reason == mot.UNIT_NORM and not (
+        tensor.is_float and tensor.shape == (config.model_width,) and bool((raw.read(key) == 1).all())
+    ):
         return (
             "a norm behind the experts with values other than one: this decoder has none there, so the model would be another. "
             "Only states whose norms behind the experts are all one, as they are initialised, are read"
         )
     if reason == COMPUTED and key.endswith((".inv_freq", "rope.freqs")):
-        return _other_frequencies(raw.read(key), config)
+        return _other_frequencies(raw.read(key), config) if tensor.is_float else f"stored RoPE frequencies of {tensor.dtype}"
     return None
 
 

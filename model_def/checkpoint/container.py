@@ -191,8 +191,8 @@ def _stored(name: str, entry: Any, file: Path, data_start: int) -> StoredTensor:
     code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if code not in _CODES:
         raise ValueError(f"dtype {code!r} is not known")
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError("its dims and offsets must be whole numbers")
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError("its dims and offsets must be whole numbers of 63 bits")
     dtype, item = _CODES[code]
     if end - begin != prod(shape) * item:
         raise ValueError(f"{end - begin} bytes for {code}{shape}, which takes {prod(shape) * item}")

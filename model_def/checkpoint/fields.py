@@ -24,12 +24,20 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: it gives the sizes of the model, and belongs beside the weights")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as failure:
         raise ConfigError(f"{file} is not readable JSON ({failure}): fetch or write it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} should hold a JSON object ({type(values).__name__} came)")
     return values
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    doubled = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if doubled is not None:
+        raise ValueError(f"{doubled!r} stands there twice")
+    return dict(pairs)
 
 
 def field_problems(
@@ -43,12 +51,14 @@ def field_problems(
     for name in dict.fromkeys((*required, *optional)):
         value = values.get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-        is_whole = isinstance(value, int) or name in _FRACTIONS
+        is_whole = name in _FRACTIONS or (isinstance(value, int) and value <= _LARGEST_SIZE)
         if value is not None and not (is_number and is_whole) and not (name == "vocab_size" and value == -1):
-            problems.append(f"{name} must be a positive {'number' if name in _FRACTIONS else 'whole number'} ({value!r} came)")
+            problems.append(
+                f"{name} must be a positive {'number' if name in _FRACTIONS else 'whole number'} ({shown(value)} came)"
+            )
     # The word "false" would count as true.
     wrong = [name for name in flags if not isinstance(values.get(name), bool | None)]
-    return problems + [f"{name} must be true or false ({values[name]!r} came)" for name in wrong]
+    return problems + [f"{name} must be true or false ({shown(values[name])} came)" for name in wrong]
 
 
 def unknown_fields(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
@@ -81,6 +91,7 @@ def value_or(values: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
+_LARGEST_SIZE = (1 << 31) - 1
 _FRACTIONS = frozenset(
     (
         *("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor", "rope_high_freq_factor", "rms_norm_eps"),

@@ -210,6 +210,10 @@ def _hf_problems(values: Mapping[str, Any]) -> list[str]:
     kinds = values.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         problems.append(f"layer_types must all be 'full_attention' (got {shown(kinds)}): this decoder has no other")
+    if isinstance(kinds, list) and len(kinds) != values.get("num_hidden_layers"):
+        problems.append(
+            f"layer_types names {len(kinds)} layers, num_hidden_layers says {shown(values.get('num_hidden_layers'))}"
+        )
     if values.get("sliding_window") is not None and values.get("use_sliding_window") is not False:
         problems.append(
             f"sliding_window must be null (got {shown(values['sliding_window'])}): every position is attended to here"
@@ -252,7 +256,8 @@ _HF_WITHOUT_EFFECT = frozenset(
     _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
     _experts_implementation experts_implementation use_flash_attention use_bfloat16 torchscript return_dict use_return_dict
     output_attentions output_hidden_states use_cache chunk_size_feed_forward tf_legacy_loss unsloth_version unsloth_fixed
-    pretraining_tp initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
+    pretraining_tp output_past seq_aux neftune_noise_alpha
+    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
     gradient_checkpointing max_sequence_length is_decoder tie_encoder_decoder cross_attention_hidden_size
     id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix language
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id max_window_layers

@@ -40,7 +40,8 @@ _WITHOUT_EFFECT = frozenset(
     """.split()  # noqa: SIM905 - a list would take a line a name
 )
 # Initialisations that leave the base's weights alone.
-_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_LARGEST = 1 << 16  # of r and alpha
 
 
 @dataclass(frozen=True)
@@ -56,48 +57,58 @@ def merge_lora(base: LlamaBase, folder: Path) -> LlamaBase:
     """Return ``base`` with the adapter in ``folder`` merged into its weights as they are read.
 
     Raises:
-        CheckpointError: when the adapter is missing, damaged, or its names or shapes do not fit the base.
+        CheckpointError: when the adapter is missing, damaged, twice there, or its names or shapes do not fit the base.
         ConfigError: when it is not plain LoRA, or the base is Meta's, whose rows are in another order.
     """
     if base.table is not HF_TABLE:
         raise ConfigError(
             "--lora is merged into a Hugging Face folder: PEFT trains in its order of rows, and Meta's is another"
         )
-    scale = _scale(folder / CONFIG_FILE)
+    rank, scale = _rank_and_scale(folder / CONFIG_FILE)
     raw = _open_matrices(folder)
-    deltas, problems = _deltas(raw, base.raw, scale)
-    raise_all(CheckpointError, f"{folder} does not fit {base.raw.source}:", problems)
+    deltas, problems = _deltas(raw, base.raw, rank, scale)
+    problems += [f"{name} gives no matrix: {why}" for name, why in raw.others.items()]
+    raise_all(
+        CheckpointError, f"{folder} does not fit {base.raw.source}:", problems or ([] if deltas else ["it holds no matrix"])
+    )
     note = f"{folder.name}: LoRA merged into {len(deltas)} weights, scale {scale:g}"
     read = _merged(base.raw.read, raw.read, deltas)
     return replace(base, raw=replace(base.raw, read=read, notes=(*base.raw.notes, *raw.notes, note)))
 
 
-def _scale(file: Path) -> float:
-    """Return alpha / r of an adapter that is plain LoRA."""
+def _rank_and_scale(file: Path) -> tuple[int, float]:
+    """Return r, and alpha / r, of an adapter that is plain LoRA."""
     values = read_json_object(file)
     problems = fixed_field_problems(values, _FIXED)
     rank, alpha = values.get("r"), values.get("lora_alpha")
-    is_scaled = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if not isinstance(rank, int) or rank < 1 or not is_scaled:
-        problems.append(f"r must be a positive whole number and lora_alpha a number (got {shown(rank)}, {shown(alpha)})")
+    is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= _LARGEST
+    is_scaled = isinstance(alpha, int | float) and not isinstance(alpha, bool) and -_LARGEST <= alpha <= _LARGEST
+    if not (is_rank and is_scaled):
+        problems.append(
+            f"r must be a positive whole number and lora_alpha a number, up to {_LARGEST} (got {shown(rank)}, {shown(alpha)})"
+        )
     began = values.get("init_lora_weights", True)
     if began is not None and began not in _PLAIN_INITIALISATIONS:
         problems.append(
             f"init_lora_weights ({shown(began)}) changes the base's weights: merge it with PEFT, merge_and_unload()"
         )
+    if not isinstance(values.get("use_rslora"), bool | None):
+        problems.append(f"use_rslora must be true or false (got {shown(values['use_rslora'])})")
     known = {*_FIXED, *_USED, *_WITHOUT_EFFECT, "init_lora_weights"}
     problems += [
         f"{name} ({shown(value)}) is not plain LoRA: merge it with PEFT, merge_and_unload(), and convert the result"
         for name, value in values.items()
-        if value and name not in known
+        if name not in known and value is not None and value is not False and value not in ({}, [])
     ]
     raise_all(ConfigError, f"{file}:", problems)
     assert isinstance(rank, int) and isinstance(alpha, int | float)
-    return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
+    return rank, alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
 
 
 def _open_matrices(folder: Path) -> RawState:
     safetensors, pickle = folder / SAFETENSORS, folder / PICKLE
+    if safetensors.is_file() and pickle.is_file():
+        raise CheckpointError(f"{folder} holds {SAFETENSORS} and {PICKLE}: remove the one that is not meant")
     if safetensors.is_file():
         return state_from_safetensors(folder.name, [safetensors])
     if pickle.is_file():
@@ -105,7 +116,7 @@ def _open_matrices(folder: Path) -> RawState:
     raise CheckpointError(f"{folder} holds no LoRA adapter: expected {CONFIG_FILE} with {SAFETENSORS} or {PICKLE}")
 
 
-def _deltas(raw: RawState, base: RawState, scale: float) -> tuple[dict[str, _Delta], list[str]]:
+def _deltas(raw: RawState, base: RawState, rank: int, scale: float) -> tuple[dict[str, _Delta], list[str]]:
     """What is added to each weight of the base, and what does not fit."""
     found: dict[str, _Delta] = {}
     problems = []
@@ -119,16 +130,21 @@ def _deltas(raw: RawState, base: RawState, scale: float) -> tuple[dict[str, _Del
             problems.append(f"{name} has no counterpart: lora_A and lora_B belong together")
         elif target not in base.tensors:
             problems.append(f"{name}: the base holds no {target}")
-        elif problem := _shape_problem(raw.tensors[down].shape, raw.tensors[up].shape, base.tensors[target].shape):
+        elif target in found and found[target].down != down:
+            problems.append(f"{name}: {found[target].down} is added to {target}, too")
+        elif not (raw.tensors[down].is_float and raw.tensors[up].is_float):
+            problems.append(f"{name} is no matrix of floating point ({raw.tensors[name].dtype})")
+        elif problem := _shape_problem(raw.tensors[down].shape, raw.tensors[up].shape, base.tensors[target].shape, rank):
             problems.append(f"{name}: {problem}")
         else:
             found[target] = _Delta(down, up, scale)
     return found, problems
 
 
-def _shape_problem(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
-    fits = len(down) == len(up) == 2 and down[0] == up[1] and (up[0], down[1]) == weight
-    return None if fits else f"lora_B {list(up)} times lora_A {list(down)} is not {list(weight)}"
+def _shape_problem(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...], rank: int) -> str | None:
+    if len(weight) == 2 and (up, down) == ((weight[0], rank), (rank, weight[1])):
+        return None
+    return f"lora_B {list(up)} times lora_A {list(down)}, of rank {rank}, is not {list(weight)}"
 
 
 def _merged(
@@ -138,7 +154,10 @@ def _merged(
         weight, delta = read_base(name), deltas.get(name)
         if delta is None:
             return weight
-        added = read_lora(delta.up).float() @ read_lora(delta.down).float()
-        return (weight.float() + delta.scale * added).to(weight.dtype)
+        merged = weight.float() + delta.scale * (read_lora(delta.up).float() @ read_lora(delta.down).float())
+        stored = merged.to(weight.dtype)
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(f"{delta.up} and {delta.down} make {name} infinite in {weight.dtype}: train them again")
+        return stored
 
     return read

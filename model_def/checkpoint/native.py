@@ -35,6 +35,7 @@ from motrt.model_def.parameters import parameters
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes, of a file on Linux
 TOKENIZER_FILE = "tokenizer.json"
 SHARD_BYTES = 4_000_000_000
 
@@ -339,7 +340,8 @@ def read_index(index: Path) -> dict[str, str]:
 
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` stays in its folder: no separator, no ``..``, not absolute."""
-    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+    is_short = len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
+    return is_short and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def _why_no_file(file: Path) -> list[str]:

@@ -1,29 +1,74 @@
 """A ``.pt``, ``.pth`` or ``.bin`` file: unpickled with ``weights_only=True``, its tensors mapped and not read.
 
-Tensors, plain containers, and the few kinds of data in ``_DATA_TYPES`` come in; code does not.
+Tensors and plain containers come in. Of other data that training runs save beside their weights (numpy's scalars and arrays,
+arguments, paths) a stand-in comes in, which is nothing but the number where it is one. Anything else is refused by name, unless
+the process itself has allowed it with ``torch.serialization.add_safe_globals``.
 """
 
-import argparse
-import pathlib
 import re
+import struct
+import threading
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 
 from motrt.errors import CheckpointError
 
-# What training runs save beside their weights: the loss as a numpy scalar, the state of a random generator, the arguments.
-# Each only holds data. numpy 1 and 2 name the two functions differently.
-_MAKERS: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
-_DATA_TYPES: list[Any] = [
-    *((made, f"numpy.{package}.multiarray.{made.__name__}") for made in _MAKERS for package in ("core", "_core")),
-    *(np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDSU")),
-    *(argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath),
+
+class Inert:
+    """Stands in for data that training runs save beside their weights and that is not needed: takes anything, keeps nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class NumberType(Inert):
+    """Stands in for a numpy dtype: knows the code of a number, as in ``f8``, and nothing else that the file says of it."""
+
+    def __init__(self, code: Any = "", *_: Any, **__: Any) -> None:
+        self.code = code if isinstance(code, str) else ""
+
+
+def number_of(kind: Any = None, data: Any = b"") -> Any:
+    """Return the number that a numpy scalar is (a loss, a step); of another scalar, nothing."""
+    layout = _LAYOUTS.get(kind.code) if isinstance(kind, NumberType) else None
+    if layout is None or not isinstance(data, bytes) or len(data) != struct.calcsize(layout):
+        return Inert()
+    return struct.unpack(layout, data)[0]
+
+
+_LAYOUTS = {
+    "f8": "<d",
+    "f4": "<f",
+    "f2": "<e",
+    "i8": "<q",
+    "i4": "<i",
+    "i2": "<h",
+    "i1": "<b",
+    "u8": "<Q",
+    "u4": "<I",
+    "b1": "<?",
+}
+
+# What is taken for each name. None of the named things themselves come in: numpy's can be told to write anywhere.
+_STAND_INS: list[Any] = [
+    *((number_of, f"numpy.{package}.multiarray.scalar") for package in ("core", "_core")),
+    *((Inert, f"numpy.{package}.multiarray._reconstruct") for package in ("core", "_core")),
+    *((NumberType, "numpy.dtype"), (Inert, "numpy.ndarray"), (Inert, "argparse.Namespace")),
+    *((Inert, f"{module}.{kind}") for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "PurePosixPath")),
 ]
+
+# torch keeps what it allows for the whole process: two threads would take it from each other.
+_ALLOWING = threading.Lock()
 
 # The beginning of a refused type's name -> what such a file is, and what to do.
 SHARDED = (
@@ -50,7 +95,7 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is a folder: expected a file that torch.save wrote")
     _refuse_compressed(path)
     try:
-        with torch.serialization.safe_globals(_DATA_TYPES):
+        with _ALLOWING, torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except OSError as failure:
         raise CheckpointError(f"{path} can not be read ({failure.strerror}): check the path and its permissions") from None

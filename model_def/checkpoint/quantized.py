@@ -15,6 +15,7 @@ _REMEDY = "convert the checkpoint that was quantized, and quantize with `motrt e
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("GPTQ", (".qweight", ".g_idx")),
     ("AWQ", (".qweight", ".qzeros")),
+    ("packed integers", (".qweight",)),
     ("compressed-tensors", (".weight_packed",)),
     ("bitsandbytes, 4 bits", (".absmax",)),
     ("bitsandbytes, 8 bits", (".SCB",)),

@@ -75,6 +75,8 @@ def state_from_mapping(source: str, values: Any, where: str) -> RawState:
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise CheckpointError(f"{where} should hold a mapping from names to tensors ({type(values).__name__} came)")
+    # A file can give a tensor attributes that hide its methods; what is detached has none.
+    values = {name: torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     empty = [name for name, value in values.items() if isinstance(value, torch.Tensor) and value.is_meta]
     advice = "these are on the meta device and have no values: load the model before it is saved"
     raise_all(CheckpointError, f"{where} should hold tensors with values; {advice}:", empty)
@@ -169,6 +171,7 @@ def _why_not_dense(value: Any) -> str | None:
     if value.is_nested or value.layout != torch.strided or value.is_quantized:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
         return f"not a dense tensor ({kind})"
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"not a dense tensor (its {value.numel()} elements share {value.untyped_storage().nbytes()} bytes)"
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    if value.numel() > reach:
+        return f"not a dense tensor (its {value.numel()} elements share {reach} places)"
     return None

@@ -106,7 +106,8 @@ def hf_rope(file: Path, values: Mapping[str, Any], head_size: int, choices: Rope
     Raises:
         ConfigError: naming every setting that is contradictory, incomplete, or of another kind of RoPE.
     """
-    places = {name: values[name] for name in ("rope_parameters", "rope_scaling") if values.get(name)}
+    named = {name: values.get(name) for name in ("rope_parameters", "rope_scaling")}
+    places: dict[str, Any] = {name: one for name, one in named.items() if one is not None and one != {}}
     wrong = [
         f"{name} must be a JSON object or null (got {shown(one)})" for name, one in places.items() if not isinstance(one, dict)
     ]
@@ -189,7 +190,11 @@ def _place_problems(place: str, one: Mapping[str, Any]) -> list[str]:
     required = _LLAMA3_NUMBERS if kind == "llama3" else ()
     problems = field_problems(one, required, ("rope_theta",))
     known = (*_DEFAULT_FIELDS, *required)
-    problems += [f"{name} ({shown(one[name])}) has no meaning for type {kind!r}" for name in one if name not in known]
+    problems += [
+        f"{name} ({shown(one[name])}) has no meaning for type {kind!r}"
+        for name in one
+        if one[name] is not None and name not in known
+    ]
     return [f"{place}: {problem}" for problem in problems]
 
 

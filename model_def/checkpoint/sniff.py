@@ -59,6 +59,16 @@ def open_raw(path: Path) -> RawState:
     return joined(files[0].name, [state_from_mapping(file.name, _inner(load_pickle(file), file), str(file)) for file in files])
 
 
+def refuse_unreadable(path: Path) -> None:
+    """Raise where ``path`` is told by its name to be a PyTorch file or a distributed checkpoint, and cannot be read.
+
+    Raises:
+        CheckpointError: why not.
+    """
+    if path.suffix in PICKLES or is_distributed(path):
+        open_raw(path)
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that a foreign checkpoint's tensors lie in: safetensors before pickles, as ``convert`` has it.
 

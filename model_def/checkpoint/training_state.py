@@ -48,9 +48,7 @@ def inner_state(loaded: Any, where: Path) -> tuple[Any, dict[str, str]]:
     """
     beside: dict[str, str] = {}
     for _ in range(_MOST_NESTING):
-        if not isinstance(loaded, Mapping) or any(isinstance(value, torch.Tensor) for value in loaded.values()):
-            break
-        found = [key for key in STATE_KEYS if isinstance(loaded.get(key), Mapping)]
+        found = [key for key in STATE_KEYS if isinstance(loaded, Mapping) and _holds_tensors(loaded.get(key))]
         if len(found) > 1:
             raise CheckpointError(
                 f"{where} holds {' and '.join(found)}: which is meant cannot be told, so save one of them alone"
@@ -60,6 +58,14 @@ def inner_state(loaded: Any, where: Path) -> tuple[Any, dict[str, str]]:
         beside |= {str(name): f"beside {found[0]}, no weight of the model" for name in loaded if name != found[0]}
         loaded = loaded[found[0]]
     return loaded, beside
+
+
+def _holds_tensors(value: Any, depth: int = _MOST_NESTING) -> bool:
+    """Whether ``value`` is a state, or holds one under one of the usual keys."""
+    if not isinstance(value, Mapping) or not depth:
+        return False
+    is_state = any(isinstance(one, torch.Tensor) for one in value.values())
+    return is_state or any(_holds_tensors(value.get(key), depth - 1) for key in STATE_KEYS)
 
 
 def without_prefix(raw: RawState, is_known: Callable[[str], bool]) -> RawState:

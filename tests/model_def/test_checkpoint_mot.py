@@ -125,6 +125,13 @@ def test_a_trained_norm_behind_the_experts_is_refused(tmp_path: Path, sublayer: 
         assembly.write(tmp_path / "native")
 
 
+@pytest.mark.parametrize("value", [torch.ones(0), torch.ones(3, 3), torch.ones(64, dtype=torch.bool), torch.ones(64).int()])
+def test_a_norm_behind_the_experts_of_another_kind_is_refused(tmp_path: Path, value: torch.Tensor) -> None:
+    key = "layers.0.attention.local_experts_attention_norm.0.weight"
+    assembly = converted(tmp_path, SPLIT, mot_state(SPLIT, weights(SPLIT)) | {key: value})
+    assert [(row.outcome, row.key) for row in assembly.accounting.faults] == [("unexpected", key)]
+
+
 @pytest.mark.parametrize(("stated", "is_right"), [(True, False), (False, True)])
 def test_norms_of_queries_and_keys_are_as_params_json_says(tmp_path: Path, stated: bool, is_right: bool) -> None:
     state, params = mot_state(SPLIT, weights(SPLIT)), params_of(SPLIT) | {"qk_normalization": stated}

@@ -263,6 +263,10 @@ def test_a_lora_adapter_is_merged_as_peft_defines_it(
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
         ({"r": 0}, "r must be a positive whole number"),
         ({"lora_alpha": "16"}, "lora_alpha a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha a number"),
+        ({"r": True}, "r must be a positive whole number"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false"),
+        ({"r": 2}, "of rank 2, is not"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(
@@ -283,6 +287,12 @@ def test_what_is_no_plain_lora_is_refused_by_name(
         (lambda state: {name.replace("q_proj", "z_proj"): value for name, value in state.items()}, "the base holds no"),
         (lambda state: {name: value[:3] if "lora_A" in name else value for name, value in state.items()}, "is not"),
         (lambda state: state | {"base_model.model.lm_head.weight": torch.ones(96, 64)}, "is no LoRA matrix"),
+        (
+            lambda state: state | {name.removeprefix("base_model.model."): one.clone() for name, one in state.items()},
+            "is added to",
+        ),
+        (lambda state: {name: value.int() for name, value in state.items()}, "no matrix of floating point"),
+        (lambda state: {}, "it holds no matrix"),
     ],
 )
 def test_a_lora_adapter_that_does_not_fit_is_refused(
@@ -292,6 +302,20 @@ def test_a_lora_adapter_that_does_not_fit_is_refused(
     changed = {name: value.contiguous() for name, value in change(matrices()).items()}
     with pytest.raises(CheckpointError, match=sentence):
         convert_llama(folder, lora=lora_folder(tmp_path / "lora", changed))
+
+
+def test_a_lora_adapter_that_makes_weights_infinite_is_refused(tmp_path: Path, native: State) -> None:
+    folder = write_llama_hf(tmp_path / "llama", CONFIG, native)
+    huge = {name: value * 1e30 for name, value in matrices().items()}
+    with pytest.raises(CheckpointError, match="infinite in"):
+        list(convert_llama(folder, lora=lora_folder(tmp_path / "lora", huge)).tensors())
+
+
+def test_two_lora_files_in_one_folder_are_refused(tmp_path: Path, native: State) -> None:
+    lora = lora_folder(tmp_path / "lora", matrices())
+    torch.save(matrices(1), lora / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="remove the one that is not meant"):
+        convert_llama(write_llama_hf(tmp_path / "llama", CONFIG, native), lora=lora)
 
 
 def test_a_lora_adapter_over_metas_rows_is_refused(tmp_path: Path, native: State) -> None:

@@ -194,6 +194,7 @@ def test_stored_frequencies_of_another_base_are_found(tmp_path: Path, native: St
         ({"rope_scaling": {**LLAMA3_AT_64, "type": "llama3"}}, RopeConfig(5e5, "half", SCALED)),
         ({"rope_scaling": LLAMA3_AT_64, "original_max_position_embeddings": 64}, RopeConfig(5e5, "half", SCALED)),
         ({"partial_rotary_factor": 1.0, "rotary_dim": 16}, RopeConfig(5e5, "half")),
+        ({"rope_scaling": {**LLAMA3_AT_64, "attention_factor": None}}, RopeConfig(5e5, "half", SCALED)),
     ],
 )
 def test_every_way_to_write_rope_is_read(tmp_path: Path, native: State, config: dict[str, Any], expected: RopeConfig) -> None:
@@ -232,6 +233,12 @@ def test_every_way_to_write_rope_is_read(tmp_path: Path, native: State, config: 
         ({"rope_scaling": LLAMA3}, "missing field 'original_max_position_embeddings'"),
         ({"rope_scaling": LLAMA3_AT_64, "original_max_position_embeddings": 128}, "original_max_position_embeddings differs"),
         ({"rope_interleaved": True}, "rope_interleaved must be False"),
+        ({"rope_scaling": False}, "rope_scaling must be a JSON object or null (got False)"),
+        ({"rope_scaling": ""}, "rope_scaling must be a JSON object or null"),
+        (
+            {"rope_scaling": {**LLAMA3_AT_64, "original_max_position_embeddings": 10**300}},
+            "original_max_position_embeddings must",
+        ),
     ],
 )
 def test_no_rope_setting_is_dropped(tmp_path: Path, native: State, config: dict[str, Any], sentence: str) -> None:
@@ -245,6 +252,7 @@ def test_no_rope_setting_is_dropped(tmp_path: Path, native: State, config: dict[
     [
         ({"sliding_window": 64, "layer_types": ["full_attention"] * 2}, "sliding_window must be null (got 64)"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be 'full_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers says 2"),
         ({"model_type": None, "architectures": ["MistralForCausalLM"]}, "architectures must be ['LlamaForCausalLM']"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map names code"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "the weights are quantized (gptq)"),
@@ -259,6 +267,14 @@ def test_a_setting_that_would_change_the_model_is_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         hub(tmp_path / "llama", native, **config)
     assert sentence in str(caught.value)
+
+
+def test_a_field_that_stands_there_twice_is_refused(tmp_path: Path, native: State) -> None:
+    folder = write_llama_hf(tmp_path / "llama", CONFIG, native)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text[:-1] + ', "rope_theta": 10000.0}')
+    with pytest.raises(ConfigError, match="'rope_theta' stands there twice"):
+        convert_llama(folder)
 
 
 def test_fields_without_effect_are_passed_over(tmp_path: Path, native: State) -> None:
