@@ -255,7 +255,7 @@ def test_the_row_of_a_client_that_leaves_mid_stream_is_free(serve: Serve, slowly
         slowly(served.engine, 0.02)
         with httpx.stream("POST", f"{served.url}/v1/completions", json={**ASK, **LONG}, timeout=20) as response:
             next(response.iter_lines())
-            assert served.engine.state().running == 1
+            assert eventually(lambda: served.engine.state().running == 1)  # the first token may come before its row is seated
         assert eventually(lambda: is_idle(served))
         assert served.engine.state().steps < 100
         assert eventually(lambda: 'motrt_requests_total{finish="cancelled"} 1.0' in served.get("/metrics").text)
