@@ -19,6 +19,8 @@ from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization, codes_of, scales_of, zero_points_of
 from motrt.model_def.signature import Signature, TensorSpec
+from motrt.runtime.bundle import WEIGHTS_FILE
+from motrt.runtime.graph_file import graph_problems
 
 _PRODUCTS = ("Gemm", "MatMul")
 _MASK, _NUM_KEYS = 3, 6  # of Attention's inputs: attn_mask, nonpad_kv_seqlen
@@ -65,6 +67,7 @@ def check_onnx(
     routing = routing_problems(model, config, graph, quantization)
     raise_all(ExportError, "the graph would compute absent modalities:", routing)
     raise_all(ExportError, "the external data are not one file beside the model:", location_problems(model))
+    raise_all(ExportError, "no bundle of this graph would be opened:", graph_problems(model_file, WEIGHTS_FILE))
     return census(model)
 
 
@@ -305,9 +308,11 @@ def _first_behind(name: str, producers: Mapping[str, onnx.NodeProto], wanted: tu
 
 
 def location_problems(model: onnx.ModelProto) -> list[str]:
-    """All external data lie in one file beside the model."""
+    """All external data lie in the one file that a bundle has for them, beside the model."""
     locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
-    return [] if len(locations) == 1 and "/" not in "".join(locations) else [f"found: {', '.join(sorted(locations)) or 'none'}"]
+    return (
+        [] if locations == {WEIGHTS_FILE} else [f"{WEIGHTS_FILE} was expected, found: {', '.join(sorted(locations)) or 'none'}"]
+    )
 
 
 _TENSOR_DTYPES = {

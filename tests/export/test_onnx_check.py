@@ -125,6 +125,24 @@ def test_two_data_files_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
         check_onnx(tmp_path / "model.onnx", TINY, "float32")
 
 
+def test_a_data_file_of_another_name_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    onnx.save(load_whole(tiny_bundle), tmp_path / "model.onnx", save_as_external_data=True, location="other.data")
+    with pytest.raises(
+        ExportError, match=r"not one file beside the model:\n  - model.onnx.data was expected, found: other.data"
+    ):
+        check_onnx(tmp_path / "model.onnx", TINY, "float32")
+
+
+def test_a_graph_that_no_bundle_may_hold_is_refused_before_there_is_one(tiny_bundle: Path, tmp_path: Path) -> None:
+    model = load_whole(tiny_bundle)
+    opsets = [helper.make_opsetid("", 24)]
+    model.functions.append(
+        helper.make_function("own", "same", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], opsets)
+    )
+    with pytest.raises(ExportError, match=r"no bundle of this graph would be opened:\n  - model.onnx: it holds functions"):
+        check_onnx(save_whole(model, tmp_path), TINY, "float32")
+
+
 def test_a_graph_of_another_precision_or_configuration_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(ExportError, match="float16"):
         check_onnx(tiny_bundle / "model.onnx", TINY, "float16")
