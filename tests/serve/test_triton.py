@@ -60,7 +60,7 @@ def with_engines(bundle: Path, out: Path, flavour: str) -> Path:
     manifest = open_bundle(bundle).manifest
     plan, engines = plan_for("tensorrt", manifest.config), []
     for graph in plan:
-        (out / graph.file_name).write_bytes(b"graph " + graph.name.encode())
+        shutil.copyfile(out / "model.onnx", out / graph.file_name)
         (out / f"{graph.name}.engine").write_bytes(b"engine " + graph.name.encode())
         hashes = sha256_of(out / graph.file_name), sha256_of(out / f"{graph.name}.engine")
         engines.append(EngineRecord(graph.name, f"{graph.name}.engine", flavour, "fp16", {}, "GPU", (), {}, *hashes))
