@@ -176,7 +176,7 @@ def kills_case(chance: random.Random, folder: Path) -> str:
     out = folder / "model"
     run = multiprocessing.Process(target=_write_slowly, args=(out, 1))
     run.start()
-    time.sleep(chance.random() * 0.3)
+    time.sleep(chance.random() * 0.12)
     os.kill(run.pid or 0, signal.SIGKILL)
     run.join()
     if out.exists():
