@@ -14,8 +14,7 @@ import torch
 from onnx import TensorProto
 
 from motrt.errors import BundleError
-from motrt.model_def.checkpoint.native import is_plain_name
-from motrt.model_def.file_problem import file_problem
+from motrt.model_def.file_problem import named_file_problem
 
 TORCH_OF_ONNX: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
@@ -145,4 +144,4 @@ def _text(value: str | bytes) -> str:
 
 
 def _is_beside(name: str, folder: Path) -> bool:
-    return is_plain_name(name) and file_problem(folder / name) is None
+    return named_file_problem(folder, name) is None

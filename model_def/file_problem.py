@@ -2,12 +2,34 @@
 
 Links are followed wherever they lead: hubs keep files in a store and lay links to them, volumes are swapped by moving one. A
 link that leads nowhere is told apart from a file that is missing, and neither is damage. Whether a name stays in its folder
-is another question, asked of names and not of links.
+is asked of names that a file gives, and not of links.
 """
 
 import errno
+import os
 import stat
 from pathlib import Path
+
+_LONGEST_NAME = 255  # bytes, of a file on Linux
+
+
+def named_file_problem(folder: Path, name: str) -> str | None:
+    """Say why ``name``, which an index gives, is no file of ``folder``, links followed; None where it is one."""
+    if not is_plain_name(name):
+        return f"{name!r} is no plain file name: what an index names lies in its own folder"
+    problem = file_problem(folder / name)
+    return f"{name} {problem}" if problem else None
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether ``name`` stays in its folder: no separator, no ``..``, not absolute."""
+    is_short = len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
+    return is_short and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+
+
+def link_problem(path: Path) -> str | None:
+    """Say why something stands at ``path`` and is no file, a broken link say; None where it is one, or nothing is there."""
+    return file_problem(path) if os.path.lexists(path) else None
 
 
 def file_problem(path: Path) -> str | None:

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from motrt.errors import CheckpointError, raise_all
 from motrt.model_def.checkpoint.container import dtype_name
-from motrt.model_def.checkpoint.native import is_plain_name
 from motrt.model_def.checkpoint.raw_state import RawState, RawTensor, unwrapped
+from motrt.model_def.file_problem import named_file_problem
 
 METADATA_FILE = ".metadata"
 
@@ -37,7 +37,7 @@ _RECORDS = {
         *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
         *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     },
-    f"{_LIBRARY}filesystem": {"_StorageInfo", "_StoragePrefix"},
+    f"{_LIBRARY}filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "PurePosixPath"},
     "pathlib._local": {"PosixPath", "PurePosixPath"},
@@ -61,8 +61,7 @@ def open_distributed(folder: Path) -> RawState:
     """
     stored, others, storage = _read_table(folder)
     files = sorted({info.relative_path for info in storage.values()})
-    problems = [f"{name!r} is no plain file name" for name in files if not is_plain_name(name)]
-    problems += [f"{name} is missing" for name in files if is_plain_name(name) and not (folder / name).is_file()]
+    problems = [problem for name in files if (problem := named_file_problem(folder, name))]
     raise_all(CheckpointError, f"{folder / METADATA_FILE} names files that cannot be read; fetch the folder again:", problems)
     num_bytes = sum((folder / name).stat().st_size for name in files)
     problems = [f"{name}: {why}" for name, one in stored.items() if (why := _not_covered(name, one, storage, num_bytes))]

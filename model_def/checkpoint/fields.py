@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from motrt.errors import CheckpointError, ConfigError
+from motrt.model_def.file_problem import file_problem
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -21,8 +22,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
         CheckpointError: when it is missing.
         ConfigError: when it is no JSON object.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: it gives the sizes of the model, and belongs beside the weights")
+    if problem := file_problem(file):
+        raise CheckpointError(f"{file} {problem}: it gives the sizes of the model, and belongs beside the weights")
     try:
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as failure:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from motrt.errors import CheckpointError, raise_all
-from motrt.model_def.checkpoint.native import is_plain_name, read_index
+from motrt.model_def.checkpoint.native import read_index
 from motrt.model_def.checkpoint.pickle_file import load_pickle
 from motrt.model_def.checkpoint.quantized import refuse_quantized
 from motrt.model_def.checkpoint.raw_state import RawState, joined, state_from_mapping, state_from_safetensors, without_wrappers
+from motrt.model_def.file_problem import link_problem, named_file_problem
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -30,7 +31,7 @@ def open_weights(folder: Path) -> RawState:
         raw = state_from_safetensors(folder.name, files)
     else:
         states = [state_from_mapping(file.name, load_pickle(file), str(file)) for file in files]
-        raw = replace(joined(folder.name, states), source=folder.name)
+        raw = joined(folder.name, states)
     refuse_quantized(raw.tensors, str(folder))
     _refuse_other_than_indexed(folder, files[0].suffix, raw)
     unread = [
@@ -52,6 +53,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _files(folder: Path, single_name: str) -> list[Path]:
     single, index = folder / single_name, folder / f"{single_name}.index.json"
+    broken = [f"{file.name} {problem}" for file in (single, index) if (problem := link_problem(file))]
+    raise_all(CheckpointError, f"{folder} holds weights that cannot be read; fetch them again:", broken)
     if not index.is_file():
         return [single] if single.is_file() else []
     weight_map = read_index(index)
@@ -60,8 +63,7 @@ def _files(folder: Path, single_name: str) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds {single_name} and {index.name}, which names other files: remove the one that is not meant"
         )
-    problems = [f"{name!r} is no plain file name" for name in names if not is_plain_name(name)]
-    problems += [f"{name} is missing" for name in names if is_plain_name(name) and not (folder / name).is_file()]
+    problems = [problem for name in names if (problem := named_file_problem(folder, name))]
     raise_all(CheckpointError, f"{index} names files that can not be used; fetch the folder again:", problems)
     return [folder / name for name in names]
 

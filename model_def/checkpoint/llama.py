@@ -28,6 +28,7 @@ from motrt.model_def.checkpoint.raw_state import RawState
 from motrt.model_def.checkpoint.rope import RopeChoices, hf_rope
 from motrt.model_def.checkpoint.sizes import Sizes
 from motrt.model_def.checkpoint.training_state import open_training_state, without_prefix
+from motrt.model_def.file_problem import link_problem
 
 META_WEIGHTS = "consolidated.00.pth"
 META_PARAMS = "params.json"
@@ -110,8 +111,14 @@ def open_base(folder: Path, rope: RopeChoices | None = None) -> LlamaBase:
 
 
 def tokenizer_beside(folder: Path) -> Path | None:
-    """Return the ``tokenizer.json`` in ``folder``, or None."""
+    """Return the ``tokenizer.json`` in ``folder``, or None.
+
+    Raises:
+        CheckpointError: when it is a link that leads nowhere, say: it is meant to go along.
+    """
     file = folder / "tokenizer.json"
+    if problem := link_problem(file):
+        raise CheckpointError(f"{file} {problem}: fetch it again, or remove it")
     return file if file.is_file() else None
 
 

@@ -46,11 +46,10 @@ _LARGEST = 1 << 16  # of r and alpha
 
 @dataclass(frozen=True)
 class _Delta:
-    """What is added to one weight: ``scale`` times ``up`` [out, r] times ``down`` [r, in], by their names."""
+    """The matrices, by their names, whose product is added to one weight: ``up`` [out, r] times ``down`` [r, in]."""
 
     down: str
     up: str
-    scale: float
 
 
 def merge_lora(base: LlamaBase, folder: Path) -> LlamaBase:
@@ -66,13 +65,13 @@ def merge_lora(base: LlamaBase, folder: Path) -> LlamaBase:
         )
     rank, scale = _rank_and_scale(folder / CONFIG_FILE)
     raw = _open_matrices(folder)
-    deltas, problems = _deltas(raw, base.raw, rank, scale)
+    deltas, problems = _deltas(raw, base.raw, rank)
     problems += [f"{name} gives no matrix: {why}" for name, why in raw.others.items()]
     raise_all(
         CheckpointError, f"{folder} does not fit {base.raw.source}:", problems or ([] if deltas else ["it holds no matrix"])
     )
     note = f"{folder.name}: LoRA merged into {len(deltas)} weights, scale {scale:g}"
-    read = _merged(base.raw.read, raw.read, deltas)
+    read = _merged(base.raw.read, raw.read, deltas, scale)
     return replace(base, raw=replace(base.raw, read=read, notes=(*base.raw.notes, *raw.notes, note)))
 
 
@@ -116,7 +115,7 @@ def _open_matrices(folder: Path) -> RawState:
     raise CheckpointError(f"{folder} holds no LoRA adapter: expected {CONFIG_FILE} with {SAFETENSORS} or {PICKLE}")
 
 
-def _deltas(raw: RawState, base: RawState, rank: int, scale: float) -> tuple[dict[str, _Delta], list[str]]:
+def _deltas(raw: RawState, base: RawState, rank: int) -> tuple[dict[str, _Delta], list[str]]:
     """What is added to each weight of the base, and what does not fit."""
     found: dict[str, _Delta] = {}
     problems = []
@@ -137,7 +136,7 @@ def _deltas(raw: RawState, base: RawState, rank: int, scale: float) -> tuple[dic
         elif problem := _shape_problem(raw.tensors[down].shape, raw.tensors[up].shape, base.tensors[target].shape, rank):
             problems.append(f"{name}: {problem}")
         else:
-            found[target] = _Delta(down, up, scale)
+            found[target] = _Delta(down, up)
     return found, problems
 
 
@@ -148,13 +147,16 @@ def _shape_problem(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int
 
 
 def _merged(
-    read_base: Callable[[str], torch.Tensor], read_lora: Callable[[str], torch.Tensor], deltas: Mapping[str, _Delta]
+    read_base: Callable[[str], torch.Tensor],
+    read_lora: Callable[[str], torch.Tensor],
+    deltas: Mapping[str, _Delta],
+    scale: float,
 ) -> Callable[[str], torch.Tensor]:
     def read(name: str) -> torch.Tensor:
         weight, delta = read_base(name), deltas.get(name)
         if delta is None:
             return weight
-        merged = weight.float() + delta.scale * (read_lora(delta.up).float() @ read_lora(delta.down).float())
+        merged = weight.float() + scale * (read_lora(delta.up).float() @ read_lora(delta.down).float())
         stored = merged.to(weight.dtype)
         if not bool(stored.isfinite().all()):
             raise CheckpointError(f"{delta.up} and {delta.down} make {name} infinite in {weight.dtype}: train them again")

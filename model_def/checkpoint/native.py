@@ -29,13 +29,12 @@ from motrt.model_def.checkpoint.container import (
     write_tensor,
 )
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.file_problem import file_problem, folder_problem
+from motrt.model_def.file_problem import file_problem, folder_problem, named_file_problem
 from motrt.model_def.parameters import parameters
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_LONGEST_NAME = 255  # bytes, of a file on Linux
 TOKENIZER_FILE = "tokenizer.json"
 SHARD_BYTES = 4_000_000_000
 
@@ -312,12 +311,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None, list
     weight_map = read_index(index)
     files: list[Path] = []
     for name in sorted(set(weight_map.values())):
-        if not is_plain_name(name):
-            found = [f"{INDEX_FILE} names {name!r}, which is no plain file name: weights lie in the checkpoint's own folder"]
+        if problem := named_file_problem(folder, name):
+            problems.append(problem)
         else:
-            found = _why_no_file(folder / name)
-        problems += found
-        if not found:
             files.append(folder / name)
     return files, weight_map, problems
 
@@ -336,12 +332,6 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of names to file names: fetch or write the checkpoint again")
     return weight_map
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` stays in its folder: no separator, no ``..``, not absolute."""
-    is_short = len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
-    return is_short and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def _why_no_file(file: Path) -> list[str]:
