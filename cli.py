@@ -229,6 +229,7 @@ def say(sentence: str) -> None:
 @click.option(
     "--lora", type=click.Path(path_type=Path), help="PEFT folder of a LoRA adapter, merged into --llama (Hugging Face's)."
 )
+@click.option("--gguf", type=click.Path(path_type=Path), help="GGUF file of a Llama; its blocks are dequantized.")
 @click.option("--musicgen", type=click.Path(path_type=Path), help="Hugging Face MusicGen folder: the audio expert.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter file, laid over the assembled model.")
 @click.option("--native", type=click.Path(path_type=Path), help="Native checkpoint, to change its head or dtype.")
@@ -252,6 +253,7 @@ def convert(
     params: Path | None,
     llama: Path | None,
     lora: Path | None,
+    gguf: Path | None,
     musicgen: Path | None,
     adapter: Path | None,
     native: Path | None,
@@ -265,19 +267,20 @@ def convert(
 ) -> None:
     """Assemble the native checkpoint OUT from checkpoints in other formats.
 
-    Give one of --mot (with --params), --llama (with --lora, --musicgen and --adapter where there are), or --native.
+    Give one of --mot (with --params), --llama (with --lora, --musicgen and --adapter where there are), --gguf (with --musicgen
+    and --adapter), or --native.
     """
-    if sum(source is not None for source in (mot, llama, native)) != 1:
-        raise click.UsageError("give one of --mot, --llama or --native")
+    if sum(source is not None for source in (mot, llama, gguf, native)) != 1:
+        raise click.UsageError("give one of --mot, --llama, --gguf or --native")
     if (mot is None) != (params is None):
         raise click.UsageError("--mot and --params belong together: the state does not say its own sizes")
-    if llama is None and (musicgen or adapter or lora):
-        raise click.UsageError("--lora, --musicgen and --adapter are laid over --llama")
+    if llama is None and (lora or (gguf is None and (musicgen or adapter))):
+        raise click.UsageError("--lora, --musicgen and --adapter are laid over --llama; the latter two over --gguf, too")
     if native is not None and (rope_theta, rope_factor, rope_scaling) != (None, None, None):
-        raise click.UsageError("a native checkpoint's RoPE is in its config.json: --rope-... are for --mot and --llama")
+        raise click.UsageError("a native checkpoint's RoPE is in its config.json: --rope-... are for --mot, --llama and --gguf")
     needs_export_packages()
     from motrt.export.report import accounting_tables
-    from motrt.model_def.checkpoint.assemble import convert_llama, convert_mot, convert_native
+    from motrt.model_def.checkpoint.assemble import convert_gguf, convert_llama, convert_mot, convert_native
     from motrt.model_def.checkpoint.rope import RopeChoices
 
     rope = RopeChoices(rope_theta, rope_factor, rope_scaling)
@@ -285,6 +288,8 @@ def convert(
         assembly = convert_mot(mot, params, head, rope)
     elif llama is not None:
         assembly = convert_llama(llama, musicgen, adapter, head, seed, rope, lora)
+    elif gguf is not None:
+        assembly = convert_gguf(gguf, musicgen, adapter, head, seed, rope)
     else:
         assembly = convert_native(native or Path(), head)
     accounting = assembly.accounting.to_dict()

@@ -14,7 +14,7 @@ from motrt.export.onnx_check import census, weight_problems
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
 from motrt.export.stored_weights import TORCH_OF_ONNX, data_files, dtype_name, num_bytes, read_graph, stored_tensor
-from motrt.model_def.checkpoint.assemble import Assembly, convert_llama, convert_mot
+from motrt.model_def.checkpoint.assemble import Assembly, convert_gguf, convert_llama, convert_mot
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.llama import META_PARAMS
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
@@ -70,9 +70,10 @@ def inspect(path: str | Path, steps: Steps | None = None) -> dict[str, Any]:
         refuse_unreadable(where)
         raise InputError(
             f"{where} is nothing that motrt knows: a native checkpoint has config.json and model.safetensors, a bundle has "
-            f"manifest.json, foreign checkpoints are .pt, .pth or safetensors{_told_broken_links(where)}"
+            f"manifest.json, foreign checkpoints are .pt, .pth, safetensors or .gguf{_told_broken_links(where)}"
         )
-    return {"kind": kind, **_raw(kind, where, steps)}
+    told = {"kind": f"GGUF file: `motrt convert OUT --gguf {where}` reads it"} if kind == "gguf" else {"kind": kind}
+    return told | _raw(kind, where, steps)
 
 
 def _told_broken_links(where: Path) -> str:
@@ -204,14 +205,16 @@ def _planned(graph: Graph, manifest: Manifest) -> dict[str, Any]:
 def _raw(kind: str, where: Path, steps: Steps) -> dict[str, Any]:
     raw = open_raw(where)
     numels = {name: prod(one.shape) for name, one in raw.tensors.items()}
-    total_bytes = sum(numels[name] * getattr(torch, one.dtype).itemsize for name, one in raw.tensors.items())
-    dtypes = dict(Counter(one.dtype for one in raw.tensors.values()))
+    total_bytes = sum(one.num_bytes for one in raw.tensors.values())
+    dtypes = dict(Counter(one.stored or one.dtype for one in raw.tensors.values()))
     assembly, note = _assembled(kind, where)
     return {
         "path": str(where),
         **(_model(assembly, steps) if assembly else _no_model(raw, sum(numels.values()), total_bytes, note, steps)),
         "stored": {"parameters": sum(numels.values()), "bytes": total_bytes, "dtypes": dtypes},
-        "tensors": [{"name": one.name, "dtype": one.dtype, "shape": list(one.shape)} for one in raw.tensors.values()],
+        "tensors": [
+            {"name": one.name, "dtype": one.stored or one.dtype, "shape": list(one.shape)} for one in raw.tensors.values()
+        ],
         "files": _hashed([*weight_files(where), *_configurations_beside(where)], steps),
     }
 
@@ -236,6 +239,8 @@ def _assembled(kind: str, where: Path) -> tuple[Assembly | None, str]:
     try:
         if kind.startswith("llama") and where.is_dir():
             assembly = convert_llama(where)
+        elif kind == "gguf":
+            assembly = convert_gguf(where)
         elif kind == "mot" and params.is_file():
             assembly = convert_mot(where, params)
         else:

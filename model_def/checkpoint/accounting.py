@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from motrt.errors import CheckpointError, raise_all
 
-Outcome = Literal["loaded", "ignored", "copied", "initialised", "missing", "unexpected", "misshapen"]
+Outcome = Literal["loaded", "dequantized", "ignored", "copied", "initialised", "missing", "unexpected", "misshapen"]
 FAULTS: tuple[Outcome, ...] = ("missing", "unexpected", "misshapen")
 
 

@@ -1,6 +1,6 @@
 """Foreign checkpoints become one native model: which sources are laid over which, and what stands in for what none has.
 
-``convert_mot`` reads one training state. ``convert_llama`` builds the routed model from parts: the adapter file prevails, then
+``convert_mot`` reads one training state, ``convert_gguf`` a GGUF file. ``convert_llama`` builds the routed model from parts: the adapter file prevails, then
 MusicGen's feed-forward, then the Llama base, into which a LoRA adapter may have been merged.
 What is left over is decided here, and always reported:
 
@@ -12,8 +12,8 @@ What is left over is decided here, and always reported:
 Nothing is read until it is asked for, one tensor at a time. The formats' names stand in the files beside this one.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from motrt.model_def.checkpoint import mot, musicgen
 from motrt.model_def.checkpoint.accounting import Accounting, KeyRow
 from motrt.model_def.checkpoint.adapter import Adapter, open_adapter
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
+from motrt.model_def.checkpoint.gguf_llama import open_gguf
 from motrt.model_def.checkpoint.llama import LlamaBase, open_base, tokenizer_beside, tokenizer_notes
 from motrt.model_def.checkpoint.lora import merge_lora
 from motrt.model_def.checkpoint.musicgen import MusicGen, open_musicgen
@@ -60,6 +61,7 @@ class Assembly:
         accounting: what became of every key. Check it before reading: weights that are missing can not be read.
         tokenizer: a ``tokenizer.json`` to travel along, or None.
         read: a native name -> its value, in its source's dtype.
+        texts: files to lay beside the weights, by name: a tokenizer that the source holds in another form.
     """
 
     config: ModelConfig
@@ -67,6 +69,7 @@ class Assembly:
     accounting: Accounting
     tokenizer: Path | None
     read: Read
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, value) in the order of the forward pass, read as it is asked for."""
@@ -88,7 +91,8 @@ class Assembly:
             CheckpointError: when the accounting is not clean, and as ``write_checkpoint``.
         """
         self.accounting.raise_unless_clean()
-        write_checkpoint(out, self.config, self.tensors(), dtype or self.dtype, self.tokenizer, shard_bytes, progress)
+        stored = dtype or self.dtype
+        write_checkpoint(out, self.config, self.tensors(), stored, self.tokenizer, shard_bytes, progress, self.texts)
 
 
 def convert_mot(
@@ -152,6 +156,32 @@ def convert_llama(
     if extra is not None:
         adapter_file.refuse_other_rotation(extra, base.sizes.rope.config)
     return _Parts(base, music, extra, seed).assembly(head)
+
+
+def convert_gguf(
+    gguf: str | Path,
+    musicgen: str | Path | None = None,
+    adapter: str | Path | None = None,
+    head: HeadKind | None = None,
+    seed: int = 0,
+    rope: RopeChoices | None = None,
+) -> Assembly:
+    """A native model from a Llama in a GGUF file, alone or with an audio expert.
+
+    Args:
+        gguf: the file.
+        musicgen, adapter, head, seed, rope: as ``convert_llama`` takes them.
+
+    Raises:
+        CheckpointError: when a file is missing, damaged, foreign, or would run code.
+        ConfigError: when the file's model is no Llama, or contradicts itself or ``rope``.
+    """
+    found = open_gguf(Path(gguf), rope)
+    music = open_musicgen(Path(musicgen)) if musicgen is not None else None
+    extra = open_adapter(Path(adapter)) if adapter is not None else None
+    assembly = _Parts(found.base, music, extra, seed).assembly(head)
+    accounting = replace(assembly.accounting, rows=(*found.rows, *assembly.accounting.rows))
+    return replace(assembly, accounting=accounting, texts={} if found.tokenizer is None else found.tokenizer.texts)
 
 
 def convert_native(path: str | Path, head: HeadKind | None = None, dtype: str | None = None) -> Assembly:

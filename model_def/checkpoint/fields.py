@@ -97,5 +97,6 @@ _FRACTIONS = frozenset(
     (
         *("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor", "rope_high_freq_factor", "rms_norm_eps"),
         *("factor", "low_freq_factor", "high_freq_factor"),
+        *("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"),
     )
 )

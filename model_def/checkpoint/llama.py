@@ -20,6 +20,7 @@ from motrt.model_def.checkpoint.fields import (
     unknown_fields,
     value_or,
 )
+from motrt.model_def.checkpoint.gguf_file import is_gguf
 from motrt.model_def.checkpoint.hub_folder import open_weights, weight_files
 from motrt.model_def.checkpoint.name_table import COMPUTED, NameTable
 from motrt.model_def.checkpoint.params_json import read_params
@@ -95,10 +96,8 @@ def open_base(folder: Path, rope: RopeChoices | None = None) -> LlamaBase:
         CheckpointError: when it is neither, both, quantized, or damaged.
         ConfigError: when its configuration is impossible, no Llama's, or contradicts the weights.
     """
-    if folder.suffix == ".gguf":
-        raise CheckpointError(
-            f"{folder} is a GGUF file, llama.cpp's format, which is not read here: convert the folder that it was made from"
-        )
+    if is_gguf(folder):
+        raise CheckpointError(f"{folder} is a GGUF file: --gguf reads it")
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder: --llama takes the folder that holds the weights and their configuration"

@@ -28,6 +28,7 @@ from motrt.model_def.checkpoint.container import (
     read_tensor,
     write_tensor,
 )
+from motrt.model_def.checkpoint.gguf_file import is_gguf
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.file_problem import file_problem, folder_problem, named_file_problem
 from motrt.model_def.parameters import parameters
@@ -168,6 +169,7 @@ def write_checkpoint(
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a native checkpoint, one tensor at a time, whole or not at all.
 
@@ -179,6 +181,7 @@ def write_checkpoint(
         tokenizer: a ``tokenizer.json`` to lay beside the weights.
         shard_bytes: weights that take more bytes than this are written in several files.
         progress: told the bytes of each weight when it is written.
+        texts: further files to lay beside the weights: name -> text.
 
     Raises:
         CheckpointError: ``out`` exists or can not be written, the disk is full, or the tensors are not exactly those of
@@ -197,6 +200,8 @@ def write_checkpoint(
         raise_all(CheckpointError, f"these tensors are not the model that {out} was to hold:", problems)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
@@ -270,6 +275,8 @@ def _still_finite(tensor: torch.Tensor, cast: torch.Tensor) -> bool:
 
 
 def _read_config(folder: Path) -> ModelConfig:
+    if is_gguf(folder):
+        raise CheckpointError(f"{folder} is a GGUF file: `motrt convert OUT --gguf {folder}` makes a native checkpoint of it")
     if problem := folder_problem(folder):
         raise CheckpointError(
             f"{folder} {problem}: a native checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "

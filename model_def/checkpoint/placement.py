@@ -79,7 +79,10 @@ class Placement:
         else:
             for target in free:
                 self.origins[target.name] = Origin(raw.source, key, tensor.dtype, _reader(raw, key, target))
-            self.note(raw, key, "loaded", f"{list(tensor.shape)} {tensor.dtype} as {', '.join(one.name for one in free)}")
+            if tensor.stored is not None:
+                self.note(raw, key, "dequantized", f"{tensor.stored} to {tensor.dtype}")
+            else:
+                self.note(raw, key, "loaded", f"{list(tensor.shape)} {tensor.dtype} as {', '.join(one.name for one in free)}")
 
     def copy(self, name: str, original: str, detail: str) -> None:
         """Let ``name``, which has no value, have that of ``original``, which has."""

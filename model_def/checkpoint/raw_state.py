@@ -6,6 +6,7 @@ the names of its weights; such words are taken off, and the report says so.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,21 @@ class RawTensor:
     Attributes:
         name: its name there, without what a wrapper added.
         shape: its dims.
-        dtype: torch's spelling (``bfloat16``).
+        dtype: torch's spelling (``bfloat16``) of what reading it gives.
+        stored: the type of the blocks that it is dequantized from; None where its numbers are stored as they are.
+        stored_bytes: what those blocks take.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str | None = None
+    stored_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.stored_bytes if self.stored else prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
     @property
     def is_float(self) -> bool:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 from motrt.errors import CheckpointError
 from motrt.model_def.checkpoint import adapter, hub_folder, llama, musicgen
 from motrt.model_def.checkpoint.distributed import METADATA_FILE, is_distributed, open_distributed
+from motrt.model_def.checkpoint.gguf_file import is_gguf, open_gguf_file
+from motrt.model_def.checkpoint.gguf_llama import state_of_gguf
 from motrt.model_def.checkpoint.pickle_file import load_pickle
 from motrt.model_def.checkpoint.raw_state import RawState, RawTensor, joined, state_from_mapping, state_from_safetensors
 from motrt.model_def.checkpoint.training_state import inner_state
 
-Kind = Literal["native", "mot", "llama-meta", "llama-hf", "musicgen", "adapter", "bundle", "onnx", "unknown"]
+Kind = Literal["native", "mot", "llama-meta", "llama-hf", "musicgen", "adapter", "gguf", "bundle", "onnx", "unknown"]
 
 PICKLES = (".pt", ".pth", ".bin")
 
@@ -27,6 +29,8 @@ def kind_of(path: str | Path) -> Kind:
         return _kind_of_folder(path)
     if not path.is_file():
         return "unknown"
+    if is_gguf(path):
+        return "gguf"
     if path.suffix == ".onnx":
         return "onnx"
     return _kind_or_unknown(path)
@@ -36,7 +40,7 @@ def describe_raw(path: str | Path) -> tuple[RawTensor, ...]:
     """Name, shape and dtype of every tensor of a foreign checkpoint, in the order of its file.
 
     Args:
-        path: a training state, an adapter file, a safetensors file, or a Llama or MusicGen folder.
+        path: a training state, an adapter file, a safetensors or GGUF file, or a Llama or MusicGen folder.
 
     Raises:
         CheckpointError: when it is missing, damaged, or would run code.
@@ -53,6 +57,8 @@ def open_raw(path: Path) -> RawState:
     """
     if is_distributed(path):
         return open_distributed(path)
+    if is_gguf(path):
+        return state_of_gguf(open_gguf_file(path))
     files = weight_files(path)
     if files[0].suffix == ".safetensors":
         return state_from_safetensors(path.name, files)
@@ -60,11 +66,13 @@ def open_raw(path: Path) -> RawState:
 
 
 def refuse_unreadable(path: Path) -> None:
-    """Raise where ``path`` is told by its name to be a PyTorch file or a distributed checkpoint, and cannot be read.
+    """Raise where ``path`` is told by its name to be a PyTorch or GGUF file or a distributed checkpoint, and cannot be read.
 
     Raises:
         CheckpointError: why not.
     """
+    if path.suffix == ".gguf":
+        open_gguf_file(path)
     if path.suffix in PICKLES or is_distributed(path):
         open_raw(path)
 
