@@ -54,6 +54,7 @@ OWNERS = {
     "onnx_ir": ("export/*.py",),
     "onnxscript": ("export/*.py",),
     "polygraphy": ("export/*.py",),
+    "gguf": (),
     "tensorrt": (),
     "tensorrt_rtx": (),
     "fastapi": ("serve/*.py",),

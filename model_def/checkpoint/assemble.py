@@ -1,7 +1,8 @@
 """Foreign checkpoints become one native model: which sources are laid over which, and what stands in for what none has.
 
-``convert_mot`` reads one training state, ``convert_gguf`` a GGUF file. ``convert_llama`` builds the routed model from parts: the adapter file prevails, then
-MusicGen's feed-forward, then the Llama base, into which a LoRA adapter may have been merged.
+``convert_mot`` reads one training state. ``convert_llama`` builds the routed model from parts: the adapter file prevails, then
+MusicGen's feed-forward, then the Llama base, into which a LoRA adapter may have been merged; ``convert_gguf`` has its base from
+a GGUF file.
 What is left over is decided here, and always reported:
 
 - audio attention that no adapter brings is a *copy* of the text attention;
@@ -170,7 +171,11 @@ def convert_gguf(
 
     Args:
         gguf: the file.
-        musicgen, adapter, head, seed, rope: as ``convert_llama`` takes them.
+        musicgen: a Hugging Face MusicGen folder; gives the audio expert.
+        adapter: an adapter file; prevails over both, and may give the audio expert alone.
+        head: the head to give the result; ``split`` with audio, ``shared`` for text alone, where None.
+        seed: of the projections that nothing brings.
+        rope: what the person who converts says of RoPE.
 
     Raises:
         CheckpointError: when a file is missing, damaged, foreign, or would run code.

@@ -11,6 +11,7 @@ Source of the layout: ``docs/gguf.md`` of ggml; sizes of blocks: ``GGML_QUANT_SI
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,12 +42,14 @@ BLOCKS: Mapping[str, tuple[int, int]] = {
 }
 """Types that are dequantized -> (elements, bytes) of a block; blocks lie along a row."""
 
+# fmt: off
 _TYPES = {
-    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K"},
-    **{12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
-    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
-    **{29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }
+# fmt: on
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 # Of values in the header: number of the type -> struct's code.
@@ -105,9 +108,7 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         if tensor.type in PLAIN:
-            return read_tensor(
-                StoredTensor(name, PLAIN[tensor.type], tensor.shape, self.path, tensor.start, tensor.num_bytes)
-            )
+            return read_tensor(StoredTensor(name, PLAIN[tensor.type], tensor.shape, self.path, tensor.start, tensor.num_bytes))
         elements, num_bytes = BLOCKS[tensor.type]
         # [..., in] -> [blocks, bytes of one]: blocks lie along rows, and rows one after another.
         blocks = (tensor.num_bytes // num_bytes, num_bytes)
@@ -206,8 +207,10 @@ class _Header:
             raise CheckpointError(f"{self.path} is no GGUF file: it does not begin with {MAGIC.decode()!r}")
         version = self._number("<I")
         if version & 0xFFFF == 0:
-            raise CheckpointError(f"{self.path} is a GGUF file of big-endian numbers, which is not read: convert it on a "
-                                  "big-endian machine, or get the little-endian file")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path} is a GGUF file of big-endian numbers, which is not read: convert it on a "
+                "big-endian machine, or get the little-endian file"
+            )
         if version not in VERSIONS:
             raise CheckpointError(
                 f"{self.path} is a GGUF file of version {version}: {' and '.join(map(str, VERSIONS))} are read; make it again "
@@ -325,6 +328,6 @@ def _overlaps(tensors: list[GgufTensor]) -> list[str]:
     ordered = sorted(tensors, key=lambda one: one.start)
     return [
         f"{later.name!r} begins inside {earlier.name!r}: the file is damaged"
-        for earlier, later in zip(ordered, ordered[1:], strict=False)
+        for earlier, later in pairwise(ordered)
         if later.start < earlier.start + earlier.num_bytes
     ]

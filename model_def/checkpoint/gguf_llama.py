@@ -1,8 +1,8 @@
 """A Llama in a GGUF file, as llama.cpp converts it: weights, sizes and RoPE out of one file.
 
 llama.cpp permutes the rows of wq and wk when it converts, so that pairs (0, 1), (2, 3) ... rotate together: the order of Meta's
-own files. They stay in it, and the configuration says ``interleaved``: nothing is moved. A head that is tied to the embedding is
-not stored. Llama 3's scaling of RoPE is stored as a tensor of divisors, from which the factor is read; divisors that this
+own files. They stay in it, and the configuration says ``interleaved``: nothing is moved. A head that is tied to the embedding
+is not stored. Llama 3's scaling of RoPE is stored as a tensor of divisors, from which the factor is read; divisors that this
 scaling does not give are refused.
 
 Every key of the header is used, known to be without effect on the forward pass, of the tokenizer, or refused by name, as in
@@ -149,7 +149,9 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if key in values and values[key] not in allowed
     ]
     used = {*_REQUIRED, *_OPTIONAL, *_FIXED}
-    others = {key: value for key, value in values.items() if not key.startswith(TOKENIZER) and not _WITHOUT_EFFECT.fullmatch(key)}
+    others = {
+        key: value for key, value in values.items() if not key.startswith(TOKENIZER) and not _WITHOUT_EFFECT.fullmatch(key)
+    }
     return problems or _head_size_problems(values) + unknown_fields(others, used)
 
 
@@ -223,8 +225,8 @@ def _scaling(file: GgufFile, head_size: int, theta: float) -> RopeScaling | None
     if is_llama3 and torch.allclose(divisors, plain / _frequencies(theta, scaling, head_size), rtol=1e-5, atol=0.0):
         return scaling
     raise ConfigError(
-        f"{file.path}: {ROPE_DIVISORS} is {list(divisors.shape)}, {float(divisors.min()):g} to {float(divisors.max()):g}; Llama 3.1 "
-        f"to 3.3 scale {head_size // 2} frequencies in another way (low 1, high 4, original 8192), and no other is computed here"
+        f"{file.path}: {ROPE_DIVISORS} is {list(divisors.shape)}, {float(divisors.min()):g} to {float(divisors.max()):g}; Llama "
+        f"3.1 to 3.3 scale {head_size // 2} frequencies otherwise (low 1, high 4, original 8192), and no other is computed here"
     )
 
 
@@ -259,12 +261,14 @@ def state_of_gguf(file: GgufFile) -> RawState:
             "quantized is lost in this model too, and nothing here can measure it"
         )
     if narrow:
-        notes.append(f"norms are stored as F32 there, and every value is one of {narrow}, as the other weights are: kept as {narrow}")
+        notes.append(
+            f"norms are stored as F32 there, and every value is one of {narrow}, as the other weights are: kept as {narrow}"
+        )
     return RawState(file.path.name, tensors, read, others, tuple(notes))
 
 
 def _narrower_dtype(file: GgufFile) -> str | None:
-    """float16 or bfloat16, where all tables are stored so and it holds every value of the norms exactly: F32 for want of a type."""
+    """The half float that all tables are stored as, where it holds the norms exactly, which are F32 for want of another type."""
     tables = {one.type for one in file.tensors.values() if len(one.shape) > 1}
     wide = [one.name for one in file.tensors.values() if one.type == "F32" and one.name != ROPE_DIVISORS]
     if len(tables) != 1 or not tables <= {"F16", "BF16"} or not wide:

@@ -19,9 +19,7 @@ PREFIX = "tokenizer."
 _CONTROL, _USER_DEFINED = 3, 4  # of token_type: special, and taken whole out of a text without being special
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,22 @@ _BY_PRE: Mapping[str, _Pre] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _Pre((_LLAMA3,), True, True)),
 }
 
-_IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _KNOWN = {
     *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.merges", "ggml.add_bos_token", "ggml.add_eos_token"),
     *(f"ggml.{key}" for key in _IDS.values()),
     *("chat_template", "ggml.add_space_prefix"),
     # Of other kinds of tokenizer, or names for tokens that the vocabulary has anyway.
     *("ggml.scores", "ggml.token_type_count", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap", "chat_templates"),
-    *(f"ggml.{name}_token_id" for name in ("separator", "seperator", "cls", "mask", "prefix", "suffix", "middle", "eot", "eom")),
+    *(
+        f"ggml.{name}_token_id"
+        for name in ("separator", "seperator", "cls", "mask", "prefix", "suffix", "middle", "eot", "eom")
+    ),
     *(f"ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
 }
 
@@ -80,15 +86,17 @@ def tokenizer_of(metadata: Mapping[str, Any], source: str) -> tuple[TokenizerFil
     problem = _problem(values)
     if problem is not None:
         return None, (
-            f"no tokenizer goes along: {source} {problem}. Put the tokenizer.json of the same model into the folder (its Hugging "
-            "Face folder has one) to prompt with text"
+            f"no tokenizer goes along: {source} {problem}. Put the tokenizer.json of the same model into the folder (its "
+            "Hugging Face folder has one) to prompt with text"
         )
     written = json.dumps(_tokenizer(values), ensure_ascii=False)
     if (problem := _unreadable(written)) is not None:
         return None, f"no tokenizer goes along: what {source} holds is none that `tokenizers` reads ({problem})"
     config = json.dumps(_config(values), indent=2, ensure_ascii=False) + "\n"
     special = len(_added(values))
-    note = f"tokenizer: byte-level BPE, pre {values['ggml.pre']!r}, {len(values['ggml.tokens'])} tokens, {special} of them special"
+    note = (
+        f"tokenizer: byte-level BPE, pre {values['ggml.pre']!r}, {len(values['ggml.tokens'])} tokens, {special} of them special"
+    )
     return TokenizerFiles({"tokenizer.json": written, "tokenizer_config.json": config}), note
 
 
