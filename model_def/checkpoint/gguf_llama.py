@@ -225,8 +225,8 @@ def _scaling(file: GgufFile, head_size: int, theta: float) -> RopeScaling | None
     if is_llama3 and torch.allclose(divisors, plain / _frequencies(theta, scaling, head_size), rtol=1e-5, atol=0.0):
         return scaling
     raise ConfigError(
-        f"{file.path}: {ROPE_DIVISORS} is {list(divisors.shape)}, {float(divisors.min()):g} to {float(divisors.max()):g}; Llama "
-        f"3.1 to 3.3 scale {head_size // 2} frequencies otherwise (low 1, high 4, original 8192), and no other is computed here"
+        f"{file.path}: {ROPE_DIVISORS} is {list(divisors.shape)}, {float(divisors.min()):g} to {float(divisors.max()):g}; "
+        f"Llama 3.1 to 3.3 scale {head_size // 2} frequencies by low 1, high 4, original 8192, and no other is computed here"
     )
 
 
@@ -268,7 +268,7 @@ def state_of_gguf(file: GgufFile) -> RawState:
 
 
 def _narrower_dtype(file: GgufFile) -> str | None:
-    """The half float that all tables are stored as, where it holds the norms exactly, which are F32 for want of another type."""
+    """The half float that all tables are stored as, where it holds the norms exactly, which GGUF has as F32."""
     tables = {one.type for one in file.tensors.values() if len(one.shape) > 1}
     wide = [one.name for one in file.tensors.values() if one.type == "F32" and one.name != ROPE_DIVISORS]
     if len(tables) != 1 or not tables <= {"F16", "BF16"} or not wide:

@@ -109,8 +109,10 @@ def _problem(values: Mapping[str, Any]) -> str | None:
         return "has a SentencePiece tokenizer, whose merges by score cannot be written exactly"
     if model != "gpt2":
         return f"has a tokenizer of kind {model!r}, which is not known here"
-    if pre not in _BY_PRE:
-        return f"cuts text as {pre!r} does, which is not known here" if pre is not None else "does not say how text is cut"
+    if pre is None:
+        return "does not say how text is cut"
+    if not isinstance(pre, str) or pre not in _BY_PRE:
+        return f"cuts text as {pre!r} does, which is not known here"
     unknown = sorted(key for key in values if key not in _KNOWN and not key.startswith("chat_template."))
     if unknown:
         return f"says {', '.join(PREFIX + key for key in unknown)} of it, which is not known here"
@@ -120,7 +122,9 @@ def _problem(values: Mapping[str, Any]) -> str | None:
 
 
 def _wrong_list(values: Mapping[str, Any]) -> str | None:
-    tokens, merges, kinds = (values.get(f"ggml.{name}") for name in ("tokens", "merges", "token_type"))
+    tokens: Any = values.get("ggml.tokens")
+    merges: Any = values.get("ggml.merges")
+    kinds: Any = values.get("ggml.token_type")
     if not _are(tokens, str) or not _are(merges, str):
         return "lacks its tokens or its merges"
     if len(set(tokens)) != len(tokens):

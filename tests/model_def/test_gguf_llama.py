@@ -21,7 +21,7 @@ from motrt.model_def.decoder import Decoder
 from motrt.model_def.initialize import random_tensors
 from motrt.runtime.torch_session import TorchSession
 from motrt.tests.model_def.foreign import State, write_llama_hf, write_musicgen
-from motrt.tests.model_def.gguf_files import gguf, gguf_state, header_of, write_gguf
+from motrt.tests.model_def.gguf_files import Values, gguf, gguf_state, header_of, write_gguf
 
 CONFIG = ModelConfig.tiny()
 TEXT = CONFIG.replace(modalities=CONFIG.modalities[:1], head="shared")
@@ -42,8 +42,10 @@ def text_of(native: State) -> State:
     }
 
 
-def write(path: Path, native: State, changes: dict[str, Any] | None = None, tied: bool = False, **kinds: str) -> Path:
-    return write_gguf(path / "m.gguf", header_of(CONFIG) | (changes or {}), gguf_state(CONFIG, native, tied), kinds)
+def write(
+    path: Path, native: State, changes: Values | None = None, kinds: dict[str, str] | None = None, tied: bool = False
+) -> Path:
+    return write_gguf(path / "m.gguf", header_of(CONFIG) | dict(changes or {}), gguf_state(CONFIG, native, tied), kinds)
 
 
 def refusal(path: Path, native: State, changes: dict[str, Any], rope: RopeChoices | None = None) -> str:
@@ -91,7 +93,7 @@ def test_a_head_that_is_not_stored_is_the_embedding(tmp_path: Path, native: Stat
 
 def test_the_report_says_what_was_dequantized_from_what(tmp_path: Path, native: State) -> None:
     kinds = {"token_embd.weight": "Q8_0", "blk.0.attn_q.weight": "Q4_1", "blk.1.attn_q.weight": "Q4_1"}
-    assembly = convert_gguf(write(tmp_path, native, **kinds))
+    assembly = convert_gguf(write(tmp_path, native, kinds=kinds))
     said = {key: f"{kind} to float32" for key, kind in kinds.items()}
     assert outcomes(assembly, "dequantized") == said
     assert any("what was lost when they were quantized is lost in this model too" in note for note in assembly.accounting.notes)
@@ -118,14 +120,14 @@ def test_half_floats_stay_so_where_the_norms_allow_it(kind: str, tmp_path: Path,
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[kind]
     rounded = {name: value.to(dtype).float() for name, value in native.items()}
     tables = {name: kind for name, value in gguf_state(CONFIG, rounded).items() if value.ndim > 1}
-    assembly = convert_gguf(write(tmp_path, rounded, **tables))
+    assembly = convert_gguf(write(tmp_path, rounded, kinds=tables))
     assert f"torch.{assembly.dtype}" == str(dtype)
     assembly.write(tmp_path / "out")
     read = open_checkpoint(tmp_path / "out").read
     assert [name for name, value in text_of(rounded).items() if not torch.equal(read(name).float(), value)] == []
 
     rounded["norm.weight"] = rounded["norm.weight"] + 1e-6  # a value that half floats do not have
-    assert convert_gguf(write(tmp_path, rounded, **tables)).dtype == "float32"
+    assert convert_gguf(write(tmp_path, rounded, kinds=tables)).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_an_audio_expert_is_laid_over_it_as_over_a_folder(tmp_path: Path, native
 
 
 def test_the_commands_say_what_a_gguf_file_is_and_how_it_is_read(tmp_path: Path, native: State) -> None:
-    path = write(tmp_path, native, **{"token_embd.weight": "Q8_0"})
+    path = write(tmp_path, native, kinds={"token_embd.weight": "Q8_0"})
     assert kind_of(path) == "gguf"
     assert {one.name: one.stored for one in describe_raw(path)}["token_embd.weight"] == "Q8_0"
     found = inspect(path)
@@ -286,7 +288,7 @@ def test_inspecting_another_architecture_tells_its_tensors_and_why_there_is_no_m
 
 
 def test_convert_writes_the_checkpoint_from_the_command_line(tmp_path: Path, native: State) -> None:
-    path = write(tmp_path, native, **{"blk.0.attn_q.weight": "Q5_1"})
+    path = write(tmp_path, native, kinds={"blk.0.attn_q.weight": "Q5_1"})
     done = CliRunner().invoke(main, ["convert", str(tmp_path / "out"), "--gguf", str(path), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

@@ -198,6 +198,7 @@ def test_start_and_end_are_put_as_the_header_says_or_llama_cpp_does(
         ({"ggml.model": "bert"}, "has a tokenizer of kind 'bert', which is not known here"),
         ({"ggml.model": None}, "holds none"),
         ({"ggml.pre": "deepseek-llm"}, "cuts text as 'deepseek-llm' does, which is not known here"),
+        ({"ggml.pre": ["smollm"]}, "cuts text as ['smollm'] does"),
         ({"ggml.pre": None}, "does not say how text is cut"),
         ({"ggml.add_space_prefix": True}, "puts a space before a text"),
         ({"ggml.new_rule": 1}, "says tokenizer.ggml.new_rule of it, which is not known here"),

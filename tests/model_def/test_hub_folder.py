@@ -170,7 +170,7 @@ def test_a_configuration_of_quantized_weights_is_refused_by_what_it_is(
 
 @pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "model.onnx", "model.safetensors"])
 def test_a_file_where_a_folder_is_expected_is_named_by_what_it_is(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / name).write_bytes(b"GGUF" if name.endswith("gguf") else b"other")
     with pytest.raises(CheckpointError, match=re.escape("GGUF" if name.endswith("gguf") else f"{name} is not a folder")):
         convert_llama(tmp_path / name)
 
