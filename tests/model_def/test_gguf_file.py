@@ -192,6 +192,15 @@ def test_what_cannot_be_is_refused_and_said(content: bytes, said: str, tmp_path:
     assert said in refusal(tmp_path, content)
 
 
+@pytest.mark.parametrize(("limit", "said"), [("_MOST_ELEMENTS", "more than can be"), ("_MOST_HEADER_BYTES", "goes on beyond")])
+def test_a_header_that_is_larger_than_any_models_is_refused(
+    limit: str, said: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, limit, 40)
+    with pytest.raises(CheckpointError, match=said):
+        open_gguf_file(tiny)
+
+
 def test_all_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     said = refusal(tmp_path, container(tensors=tensor("v", (8,), 16) + tensor("w", (8,), 99), num_tensors=2))
     assert "'v' is of type" in said
