@@ -632,6 +632,33 @@ def generate(
 
 
 @main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), help="A file of text; the model must carry a tokenizer.")
+@click.option("--data", type=click.Path(path_type=Path), help='A file of sequences: lines of [1, 2, 3] or {"text": ...}.')
+@click.option("--context", type=int, help="Ids of a chunk, which begins with an empty cache.  [default: 300]")
+@click.option("--max-tokens", type=click.IntRange(2), help="Read no more ids than this.")
+@click.option("--against", type=click.Path(path_type=Path), help="Another bundle or checkpoint to compare with.")
+@click.option("--backend", type=click.Choice(PROMPT_BACKENDS), default="auto", show_default=True)
+@click.option("--threads", "num_threads", type=click.IntRange(0, 4096), default=0, help="For products; 0: one per core.")
+@click.option("--record", is_flag=True, help="Write the figures into the bundle's manifest, for `motrt inspect`.")
+@json_option
+@mends
+def evaluate(model: Path, text: Path | None, data: Path | None, as_json: bool, **chosen: Any) -> None:
+    """Measure how well MODEL, a bundle or a checkpoint, predicts a text: perplexity, and the distance to another model."""
+    if (text is None) == (data is None):
+        raise click.UsageError("give one of --text and --data")
+    from motrt.export.evaluation import EvaluateOptions
+    from motrt.export.evaluation import evaluate as measure
+    from motrt.export.report import evaluation_table
+
+    found = measure(model, EvaluateOptions(text, data, **chosen), drawn_steps()).to_dict()
+    if as_json:
+        print_json({"model": str(model), **found})
+    else:
+        results.print(evaluation_table(found))
+
+
+@main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--prompt", "num_prompt", type=click.IntRange(1, 1 << 16), default=128, show_default=True, help="Ids of a prompt."

@@ -172,6 +172,7 @@ def _bundle(bundle: Bundle, steps: Steps) -> dict[str, Any]:
         "versions": dict(manifest.versions),
         "parity": None if manifest.parity is None else dict(manifest.parity),
         "answer": None if manifest.answer is None else manifest.answer.to_dict(),
+        "evaluations": [one.to_dict() for one in manifest.evaluations],
     }
 
 

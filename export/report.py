@@ -213,6 +213,7 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
     if len(found.get("plan", ())) > 1:
         made.append(_plan_table(found["plan"]))
     made += [_engine_table(one) for one in found.get("engines", ())]
+    made += [evaluation_table(one) for one in found.get("evaluations", ())]
     if "inputs" in found or "signature" in found:
         made.append(_signature(found.get("signature", found)))
     if "tensors" in found:
@@ -226,6 +227,23 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
             files.append((f"the checkpoint that it was made of\n{found['source']['sha256']}", ""))
         made.append(table("files", ["name and sha256", "size>"], files))
     return made
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """How well a model predicts a text, by predicted modality; beside another model where there was one."""
+    columns, is_compared = ["predicts", "ids>", "perplexity>"], evaluation["against"] is not None
+    names = ("against_perplexity", "kl_mean", "kl_max", "top_1_agreement")
+    if is_compared:
+        columns += [f"of {evaluation['against']}>", "KL mean>", "KL max>", "same best id>"]
+    rows = []
+    for modality, one in evaluation["modalities"].items():
+        row = [modality, one["predictions"], f"{one['perplexity']:.2f}"]
+        if is_compared:
+            against, mean, largest, same = (one[name] for name in names)
+            row += [f"{against:.2f}", f"{mean:.2g}", f"{largest:.2g}", f"{same:.2%}"]
+        rows.append(row)
+    title = f"{evaluation['text']}, {evaluation['num_ids']} ids in chunks of {evaluation['context']}, {evaluation['backend']}"
+    return table(title, columns, rows)
 
 
 def _plan_table(plan: Sequence[Mapping[str, Any]]) -> Table:

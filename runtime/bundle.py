@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import CONTRACT_VERSION, DTYPE_OF_PRECISION, Signature
 from motrt.runtime.engine_record import EngineRecord, parity_report
+from motrt.runtime.evaluation_record import Evaluation
 from motrt.runtime.graph_file import graph_problems
 from motrt.runtime.known_answer import KnownAnswer
 
@@ -33,6 +34,7 @@ MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "manifest.json", "mode
 
 _HASH_CHUNK = 1 << 22
 _MOST_MANIFEST_BYTES = 1 << 26  # a thousand times what any export writes
+_MOST_EVALUATIONS = 100  # kept in a manifest; the oldest go
 _SELF_HASH = "manifest_sha256"
 _REQUIRED = ("format_version", "config", "precision", "signature", "files", "source", "versions", "parity")
 
@@ -85,6 +87,7 @@ class Manifest:
         engines: what was compiled of them.
         quantization: which weights are stored in fewer bits, and how; None: none.
         answer: what a session must say to a short question; None in bundles of older versions.
+        evaluations: how well the bundle was found to predict texts, the latest last.
         weight_places: by name, the first byte and the number of bytes in ``model.onnx.data``, of the weights that are held as
             they are computed with; for targets whose sessions share them, none for others.
     """
@@ -101,6 +104,7 @@ class Manifest:
     engines: tuple[EngineRecord, ...] = ()
     quantization: Quantization | None = None
     answer: KnownAnswer | None = None
+    evaluations: tuple[Evaluation, ...] = ()
     weight_places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -134,6 +138,7 @@ class Manifest:
             "engines": [engine.to_dict() for engine in self.engines],
             "parity": None if self.parity is None else dict(self.parity),
             "answer": None if self.answer is None else self.answer.to_dict(),
+            **({"evaluations": [one.to_dict() for one in self.evaluations]} if self.evaluations else {}),
             "weight_places": {name: list(place) for name, place in self.weight_places.items()},
         }
 
@@ -185,6 +190,25 @@ def record_files(folder: Path, progress: Callable[[int], None] = lambda num_byte
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; the last thing that is written into a bundle."""
     (folder / MANIFEST_FILE).write_text(_canonical(manifest.to_dict()), encoding="utf-8")
+
+
+def record_evaluation(bundle: Bundle, evaluation: Evaluation) -> None:
+    """Write an evaluation into the manifest, in the place of an earlier one of the same. No other file changes.
+
+    The manifest is replaced as a whole: a reader has the old one or the new one.
+
+    Raises:
+        OSError: when the folder can not be written.
+    """
+    manifest = bundle.manifest
+    kept = tuple(one for one in manifest.evaluations if not one.is_of_the_same(evaluation))
+    written = replace(manifest, evaluations=(*kept, evaluation)[-_MOST_EVALUATIONS:])
+    partial = bundle.path / f".{MANIFEST_FILE}.{os.getpid()}"
+    try:
+        partial.write_text(_canonical(written.to_dict()), encoding="utf-8")
+        partial.replace(bundle.path / MANIFEST_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
@@ -283,6 +307,7 @@ def _manifest_from(folder: Path, values: dict[str, Any]) -> Manifest:
             engines=tuple(EngineRecord.from_dict(one) for one in values.get("engines", ())),
             quantization=None if (coded := values.get("quantization")) is None else Quantization.from_dict(coded),
             answer=None if (known := values.get("answer")) is None else KnownAnswer.from_dict(known),
+            evaluations=tuple(Evaluation.from_dict(one) for one in values.get("evaluations", ())),
             weight_places={name: (int(first), int(n)) for name, (first, n) in values.get("weight_places", {}).items()},
         )
         if manifest.target not in TARGETS:
