@@ -32,16 +32,16 @@ class ModalityFigures:
     top_1_agreement: float | None = None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModalityFigures":
-        """What ``asdict`` gave; KeyError, TypeError or ValueError for anything else."""
-        read = {one.name: values[one.name] if one.name in _ALWAYS else values.get(one.name) for one in fields(cls)}
-        numbers = {name: None if value is None and name not in _ALWAYS else float(value) for name, value in read.items()}
-        if not all(value is None or isfinite(value) for value in numbers.values()):
+    def from_dict(cls, values: Mapping[str, Any], is_compared: bool) -> "ModalityFigures":
+        """What ``asdict`` gave, the other model's figures among it or not; KeyError, TypeError or ValueError for anything else."""
+        names = [one.name for one in fields(cls) if is_compared or one.name in _ALONE]
+        numbers = {name: float(values[name]) for name in names}
+        if not all(map(isfinite, numbers.values())):
             raise ValueError("an evaluation's figures must be finite")
-        return cls(**{**numbers, "predictions": int(values["predictions"])})  # type: ignore[arg-type]  # by name, as above
+        return cls(int(values["predictions"]), **{name: value for name, value in numbers.items() if name != "predictions"})
 
 
-_ALWAYS = ("predictions", "loss", "perplexity")
+_ALONE = ("predictions", "loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         """What ``to_dict`` gave; KeyError, TypeError or ValueError for anything else."""
+        is_compared = values["against"] is not None
         return cls(
             text=str(values["text"]),
             ids_sha256=str(values["ids_sha256"]),
             num_ids=int(values["num_ids"]),
             context=int(values["context"]),
             backend=str(values["backend"]),
-            against=None if values["against"] is None else str(values["against"]),
-            modalities={str(name): ModalityFigures.from_dict(one) for name, one in values["modalities"].items()},
+            against=str(values["against"]) if is_compared else None,
+            modalities={str(name): ModalityFigures.from_dict(one, is_compared) for name, one in values["modalities"].items()},
         )

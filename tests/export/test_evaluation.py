@@ -27,6 +27,9 @@ from motrt.model_def.decoder import Decoder
 from motrt.model_def.initialize import init_checkpoint, random_tensors
 from motrt.runtime.bundle import MANIFEST_FILE, open_bundle, record_evaluation
 from motrt.runtime.evaluation_record import Evaluation, ModalityFigures
+from motrt.runtime.kv_cache import KVCache
+from motrt.runtime.session import Logits
+from motrt.runtime.step_inputs import StepInputs
 from motrt.runtime.torch_session import TorchSession
 from motrt.tests.conftest import MakeBundle
 from motrt.tests.runtime.test_bundle import rewrite
@@ -140,11 +143,15 @@ def test_a_chunk_longer_than_a_pass_gives_the_same(tiny_checkpoint: Path, monkey
 
 
 def test_logits_of_one_pass_alone_are_held(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[int] = []
     with motrt.load(tiny_checkpoint, backend="torch") as session:
-        run, wanted = session.run, []
-        monkeypatch.setattr(
-            session, "run", lambda inputs, cache: (wanted.append(len(inputs.logits_index)), run(inputs, cache))[1]
-        )
+        run = session.run
+
+        def counted(inputs: StepInputs, cache: KVCache) -> Logits:
+            wanted.append(len(inputs.logits_index))
+            return run(inputs, cache)
+
+        monkeypatch.setattr(session, "run", counted)
         measure(session, [IDS[:30], IDS[30:60]])
     assert wanted == [29, 29]
 
@@ -259,7 +266,8 @@ def test_a_manifest_keeps_a_bounded_number(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_ids": "x"}, {"modalities": [1]}, {"modalities": {"text": {"loss": 1}}}, {"against": None}]
+    "change",
+    [{"num_ids": "x"}, {"modalities": [1]}, {"modalities": {"text": {"loss": 1}}}, {"against": None}, {"against": "x"}],
 )
 def test_an_evaluation_that_is_none_is_refused_with_the_manifest(change: dict[str, Any], bundle_copy: Path, data: Path) -> None:
     found = evaluate(bundle_copy, EvaluateOptions(data=data)).to_dict()
@@ -272,7 +280,7 @@ def test_an_evaluation_that_is_none_is_refused_with_the_manifest(change: dict[st
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_figures_are_finite(number: float) -> None:
     with pytest.raises(ValueError, match="finite"):
-        ModalityFigures.from_dict({"predictions": 1, "loss": number, "perplexity": 1.0})
+        ModalityFigures.from_dict({"predictions": 1, "loss": number, "perplexity": 1.0}, is_compared=False)
 
 
 # On the command line.
