@@ -33,7 +33,7 @@ class ModalityFigures:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], is_compared: bool) -> "ModalityFigures":
-        """What ``asdict`` gave, the other model's figures among it or not; KeyError, TypeError or ValueError for anything else."""
+        """What ``asdict`` gave, with or without the other model's figures; KeyError, TypeError or ValueError otherwise."""
         names = [one.name for one in fields(cls) if is_compared or one.name in _ALONE]
         numbers = {name: float(values[name]) for name in names}
         if not all(map(isfinite, numbers.values())):

@@ -265,13 +265,23 @@ def test_a_manifest_keeps_a_bounded_number(bundle_copy: Path) -> None:
     assert kept == [str(number) for number in range(3, 103)]
 
 
+ABSENT = object()
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"num_ids": "x"}, {"modalities": [1]}, {"modalities": {"text": {"loss": 1}}}, {"against": None}, {"against": "x"}],
+    ("name", "value"),
+    [
+        ("num_ids", "x"),
+        ("modalities", [1]),
+        ("modalities", {"text": {"loss": 1}}),
+        ("against", "a model whose figures are not there"),
+        ("against", ABSENT),
+    ],
 )
-def test_an_evaluation_that_is_none_is_refused_with_the_manifest(change: dict[str, Any], bundle_copy: Path, data: Path) -> None:
-    found = evaluate(bundle_copy, EvaluateOptions(data=data)).to_dict()
-    changed = {name: value for name, value in {**found, **change}.items() if change != {"against": None} or name != "against"}
+def test_an_evaluation_that_is_none_is_refused_with_the_manifest(name: str, value: Any, bundle_copy: Path, data: Path) -> None:
+    changed = evaluate(bundle_copy, EvaluateOptions(data=data)).to_dict() | {name: value}
+    if value is ABSENT:
+        del changed[name]
     rewrite(bundle_copy, lambda values: values.update(evaluations=[changed]))
     with pytest.raises(BundleError, match="is no manifest of this version"):
         open_bundle(bundle_copy)

@@ -1,6 +1,7 @@
 """A Llama in a GGUF file becomes the model that it was written from; what would be another is refused by name."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,15 @@ def test_inspecting_another_architecture_tells_its_tensors_and_why_there_is_no_m
     (tmp_path / "cut.gguf").write_bytes(b"GGU")
     with pytest.raises(CheckpointError, match="truncated"):
         inspect(tmp_path / "cut.gguf")
+
+
+def test_without_the_package_nothing_is_half_written(tmp_path: Path, native: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, native, kinds={"blk.1.ffn_up.weight": "Q4_0"})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    done = CliRunner().invoke(main, ["convert", str(tmp_path / "out"), "--gguf", str(path)])
+    assert done.exit_code == 1
+    assert "pip install 'motrt[gguf]'" in done.output
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_convert_writes_the_checkpoint_from_the_command_line(tmp_path: Path, native: State) -> None:
