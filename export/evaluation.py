@@ -81,16 +81,18 @@ def evaluate(path: str | Path, options: EvaluateOptions, steps: Steps | None = N
         raise InputError("give one of a text and a file of ids")
     if options.record and not is_bundle(where):
         raise InputError(f"{where} is no bundle: figures are recorded in a bundle's manifest")
+    text = None if options.text is None else _read_text(options.text)
     with ExitStack() as opened:
         with steps.step(f"open {where.name}"):
             session = opened.enter_context(load(where, options.backend, num_threads=options.num_threads))
-        context = _context(options.context, session.config)
-        chunks = _chunks(_sequences(options, session), context, options.max_tokens)
+        sequences = _sequences(text, options.data, session)
         other = None
         if options.against is not None:
             with steps.step(f"open {options.against.name}"):
                 other = opened.enter_context(load(options.against, num_threads=options.num_threads))
             _refuse_other_ids(session.config, other.config, options.against)
+        context = _context(options.context, [one.config for one in (session, other) if one is not None])
+        chunks = _chunks(sequences, context, options.max_tokens)
         with steps.step("evaluate", sum(map(len, chunks)), "parts") as advance:
             figures = measure(session, chunks, other, advance)
         backend = f"{session.backend}, {session.weights or session.precision}"
@@ -197,20 +199,21 @@ def perplexity_of(loss: float) -> float:
     return exp(min(loss, _LARGEST_LOSS))
 
 
-def _context(asked: int | None, config: ModelConfig) -> int:
+def _context(asked: int | None, configs: Sequence[ModelConfig]) -> int:
+    most = min(config.max_seq_len for config in configs)
     if asked is None:
-        return min(USUAL_CONTEXT, config.max_seq_len)
-    if not 2 <= asked <= config.max_seq_len:
-        raise InputError(f"a chunk must have 2 to {config.max_seq_len} ids, which the model has positions for ({asked} came)")
+        return min(USUAL_CONTEXT, most)
+    if not 2 <= asked <= most:
+        raise InputError(f"a chunk must have 2 to {most} ids, for which there are positions ({asked} came)")
     return asked
 
 
-def _sequences(options: EvaluateOptions, session: Session) -> tuple[Ids, ...]:
-    if options.data is not None:
-        return read_token_file(options.data, session.config, session.tokenizer)
+def _sequences(text: str | None, data: Path | None, session: Session) -> tuple[Ids, ...]:
+    if data is not None:
+        return read_token_file(data, session.config, session.tokenizer)
     if session.tokenizer is None:
         raise InputError("the model carries no tokenizer: give ids with --data, or lay a tokenizer.json beside the checkpoint")
-    ids = np.array(encode_text(session.tokenizer, _read_text(options.text or Path())).ids, dtype=np.int64)
+    ids = np.array(encode_text(session.tokenizer, text or "").ids, dtype=np.int64)
     if len(ids) and ids.max() >= session.config.vocab_size:
         raise InputError(
             f"the tokenizer gives id {ids.max()}, and the model's end at {session.config.vocab_size - 1}: is it the model's?"

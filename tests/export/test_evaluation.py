@@ -202,6 +202,7 @@ def test_text_is_read_with_the_models_tokenizer(tmp_path: Path, make_checkpoint:
         ({"data": "short"}, "1 ids, and at least 2 are needed"),
         ({"data": "ids", "context": 1}, "a chunk must have 2 to 128 ids"),
         ({"data": "ids", "context": 129}, "a chunk must have 2 to 128 ids"),
+        ({"data": "ids", "context": 65, "against": "shorter"}, "a chunk must have 2 to 64 ids"),
         ({"data": "ids", "against": "wider"}, "has other ids, so that nothing can be compared: text 97, audio 32"),
         ({"data": "ids", "record": True}, "is no bundle: figures are recorded in a bundle's manifest"),
     ],
@@ -217,8 +218,8 @@ def test_what_can_not_be_evaluated_is_said(
     wider = make_checkpoint(CONFIG.replace(modalities=(type(text)("text", 97, text.expert), audio)))
     paths = {"text", "data", "against"}
     given = {name: tmp_path / value if name in paths else value for name, value in options.items()}
-    if options.get("against") == "wider":
-        given["against"] = wider
+    if "against" in options:
+        given["against"] = {"wider": wider, "shorter": make_checkpoint(CONFIG.replace(max_seq_len=64))}[options["against"]]
     with pytest.raises(InputError, match=said):
         evaluate(tiny_checkpoint, EvaluateOptions(**given))
 
