@@ -34,6 +34,12 @@ SAFETY = 4.0
 # their noise in float32, its median to 0.8; the rest is room for other processors, thread counts and GPUs.
 NOISE_SAFETY = 8.0
 
+# Where products round activations to 8 bits, an activation between two codes falls either way for the least of reasons, and
+# moves a row by a code's worth. In a deep model that happens in every row, in a shallow one in a few, which no few samples of
+# float32's own errors would show. So errors of 2^-14 are drawn there: of a thousand activations some five then fall the other
+# way. What comes of many such steps spreads little, so less room is needed above it.
+CODE_ERROR, CODE_SAFETY = 2.0**-14, 4.0
+
 # Of the expected noise: a row whose few samples happened to come out near zero is still rounded.
 FLOOR = 0.5
 
@@ -55,9 +61,9 @@ def roundings_in_a_row(config: ModelConfig) -> int:
     return ROUNDINGS_PER_LAYER * config.num_layers + ROUNDINGS_OUTSIDE
 
 
-def row_limit(config: ModelConfig, precision: str, noise: float) -> float:
+def row_limit(config: ModelConfig, precision: str, noise: float, safety: float = NOISE_SAFETY) -> float:
     """Return the largest relative L2 error that a row of logits may have whose measured noise is ``noise``."""
-    return max(FLOOR * expected_noise(config, precision), NOISE_SAFETY * noise)
+    return max(FLOOR * expected_noise(config, precision), safety * noise)
 
 
 def relative_l2_limit(config: ModelConfig, precision: str) -> float:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from motrt.export.parity.findings import Finding, Outcome, json_number
+from motrt.export.parity.findings import Finding, Outcome, json_number, judged
 from motrt.export.parity.generation import near_tie_margin
 from motrt.export.parity.metrics import RowDifference, compare_rows, summary
 from motrt.export.parity.row_noise import RowLimits, key_of
 from motrt.export.parity.scenarios import Observation, Scenario, observe
-from motrt.export.parity.tolerances import LARGEST_FLOAT32_ERROR, LARGEST_LIMIT, NEAR_TIE_DEVIATIONS
+from motrt.export.parity.tolerances import LARGEST_FLOAT32_ERROR, LARGEST_LIMIT, LARGEST_TYPICAL_SHARE, NEAR_TIE_DEVIATIONS
 from motrt.runtime.session import Session
 
 RUNG = "P4"
@@ -117,6 +117,22 @@ def agreement_findings(session: Session, compared: Sequence[Compared]) -> list[F
         _judge(f"{session.config.modality_names[modality]}, {phase}", group, noise, is_float32)
         for (modality, phase), group in sorted(groups.items())
     ]
+
+
+def typical_finding(compared: Sequence[Compared]) -> Finding:
+    """Judge the rows together: their errors are no larger than their noise foretells, as a root mean square over all of them.
+
+    For rounding to codes, which a single row may amplify to all that the rounding itself does: what no limit of one row tells
+    from a fault of twice the noise, hundreds of rows do.
+    """
+    shares = [one.difference.relative_l2 / one.noise for one in compared if one.noise > 0]
+    typical = sqrt(float(np.mean(np.square(shares)))) if shares else 0.0
+    problems = (
+        []
+        if typical <= LARGEST_TYPICAL_SHARE
+        else [f"errors are {typical:.3g} times the noise of their rows, over {LARGEST_TYPICAL_SHARE:g}"]
+    )
+    return judged(RUNG, "all rows together", problems, rows=len(shares), share=typical)
 
 
 def _judge(question: str, group: Sequence[Compared], noise: float, is_float32: bool) -> Finding:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from motrt.errors import BackendError, CheckpointError
-from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of
+from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of, typical_finding
 from motrt.export.parity.bisect import Bisection, RecordedPass, bisect, recorded_passes
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
@@ -61,13 +61,14 @@ from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
+from motrt.runtime.tolerances import CODE_ERROR, CODE_SAFETY
 from motrt.runtime.torch_session import TorchSession
 
 # On a GPU steps are cheap, and errors of half precision have further to travel.
 NUM_GPU_STEPS = 64
 
 # Below this many parameters the reference runs in float64: it costs nothing there, and leaves one side without error.
-LARGEST_FLOAT64_REFERENCE = 200_000_000
+LARGEST_FLOAT64_REFERENCE = 10_000_000
 
 
 # Rows of one batch: more would only take memory.
@@ -282,7 +283,9 @@ def _climb_rounded(
     with subject.open(num_threads, exact=False) as session:
         found = asked("P2", lambda: consistency_findings(session, rounded.limits))
         found += asked("P3", lambda: law_findings(session, rounded.limits))
-        found += asked("P4", lambda: _agreement(session, rounded, []))
+        compared: list[Compared] = []
+        found += asked("P4", lambda: _agreement(session, rounded, compared))
+    found.append(typical_finding(compared))
     return [replace(one, question=f"{one.question}, activations rounded") for one in found]
 
 
@@ -469,7 +472,7 @@ def rounded_reference(
     asked_for = [scenario for scenario, _ in expected.scenarios]
     with TorchSession(decoder) as session, in_float32(session) as noisy:
         said = observe_together(session, asked_for)
-        limits = measure_limits(session, noisy, precision, asked_for)
+        limits = measure_limits(session, noisy, precision, asked_for, CODE_ERROR, CODE_SAFETY)
     return Expectation(f"{expected.name}, activations rounded", tuple(zip(asked_for, said, strict=True)), (), limits)
 
 

@@ -24,7 +24,7 @@ from motrt.export.relative_errors import relative_errors_in
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.runtime.tolerances import UNIT_ROUNDOFF, expected_noise, explain_limit, limit_of, row_limit
+from motrt.runtime.tolerances import NOISE_SAFETY, UNIT_ROUNDOFF, expected_noise, explain_limit, limit_of, row_limit
 from motrt.runtime.torch_session import TorchSession
 
 Int64 = NDArray[np.int64]
@@ -66,6 +66,7 @@ class RowLimits:
         noise: of each row that was measured, a relative L2 error.
         worst: the widest limit, and that of any other row.
         steepest: the largest noise.
+        safety: how many times its noise a row may be off.
     """
 
     config: ModelConfig
@@ -73,12 +74,15 @@ class RowLimits:
     noise: Mapping[Key, float]
     worst: float
     steepest: float = 0.0
+    safety: float = NOISE_SAFETY
 
     @classmethod
-    def of_noise(cls, config: ModelConfig, precision: str, noise: Mapping[Key, float]) -> "RowLimits":
+    def of_noise(
+        cls, config: ModelConfig, precision: str, noise: Mapping[Key, float], safety: float = NOISE_SAFETY
+    ) -> "RowLimits":
         """Return the limits that measured noise sets; a row that is not in ``noise`` is taken to be the steepest."""
         steepest = max(noise.values(), default=0.0)
-        return cls(config, precision, noise, row_limit(config, precision, steepest), steepest)
+        return cls(config, precision, noise, row_limit(config, precision, steepest, safety), steepest, safety)
 
     @classmethod
     def of_formula(cls, session: Session) -> "RowLimits":
@@ -96,7 +100,7 @@ class RowLimits:
 
     def of(self, key: Key) -> float:
         """Return the largest relative L2 error that a row may have."""
-        return row_limit(self.config, self.precision, self.noise[key]) if key in self.noise else self.worst
+        return row_limit(self.config, self.precision, self.noise[key], self.safety) if key in self.noise else self.worst
 
     def to_dict(self) -> dict[str, float | int | str]:
         """Return how the noise is spread, as plain JSON values."""
@@ -134,27 +138,33 @@ class _Row:
 
 
 def measure_limits(
-    session: TorchSession, noisy: TorchSession, precision: str, scenarios: Iterable[Scenario], num_samples: int = NUM_SAMPLES
+    session: TorchSession,
+    noisy: TorchSession,
+    precision: str,
+    scenarios: Iterable[Scenario],
+    error: float | None = None,
+    safety: float = NOISE_SAFETY,
 ) -> RowLimits:
     """Measure the noise of every watched position of some scenarios.
 
     Args:
         session: the reference.
         noisy: the same in float32, which is given errors and is itself again behind that; it may be ``session``.
-        precision: whose roundings: the graph's.
+        precision: that the graph computes in.
         scenarios: what will be asked of the graph.
-        num_samples: how often errors are drawn.
+        error: root mean square of the relative errors; None: unit roundoff of ``precision``.
+        safety: how many times its noise a row may be off.
     """
     noise: dict[Key, float] = {}
     for batch in _batches(_distinct(scenarios)):
         expected = _logits(session, batch)
         squares = dict.fromkeys(expected, 0.0)
-        for seed in range(num_samples):
-            with relative_errors_in(noisy.decoder, UNIT_ROUNDOFF[precision], seed):
+        for seed in range(NUM_SAMPLES):
+            with relative_errors_in(noisy.decoder, error or UNIT_ROUNDOFF[precision], seed):
                 for key, logits in _logits(noisy, batch).items():
                     squares[key] += _squared_error(expected[key], logits)
-        noise |= {key: sqrt(total / num_samples) for key, total in squares.items()}
-    return RowLimits.of_noise(session.config, precision, noise)
+        noise |= {key: sqrt(total / NUM_SAMPLES) for key, total in squares.items()}
+    return RowLimits.of_noise(session.config, precision, noise, safety)
 
 
 def _squared_error(expected: Floats, actual: Floats) -> float:

@@ -15,3 +15,6 @@ STABLE_MARGIN = 0.1
 
 # Where rounding alone moves logits by so much of their size, a fault need not move them further, and nothing can be said.
 LARGEST_LIMIT = 0.5
+
+# What the errors of hundreds of rows may come to, as a root mean square in units of each row's noise.
+LARGEST_TYPICAL_SHARE = 1.5
