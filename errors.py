@@ -12,6 +12,7 @@
     ├── EngineClosedError     an engine that takes no more requests
     ├── BusyError             an engine whose queue is full: try again later
     └── ParityError           what runs is not the model
+        └── LossError             what runs is the model, in a format that loses more of it than its budget
 
 Anything else that escapes is a bug, and keeps its traceback. This file knows nothing of the rest of the package.
 """
@@ -74,6 +75,10 @@ class ParityError(MotrtError):
     def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class LossError(ParityError):
+    """The graph is right, and its weights are stored in a format that loses more of the model than its budget allows."""
 
 
 def raise_all(error: type[MotrtError], heading: str, problems: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ Needs what exports need (``pip install 'motrt[export,cpu]'``). For pytest there 
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +25,23 @@ from motrt.export.parity.agreement import agreement_findings, evidence_of
 from motrt.export.parity.agreement import compare as compare_scenarios
 from motrt.export.parity.findings import Finding, Outcome
 from motrt.export.parity.findings import Report as ParityReport
+from motrt.export.parity.gate import in_float32
 from motrt.export.parity.hostile import brought_scenarios
-from motrt.export.parity.scenarios import Scenario, in_batches, observe, scenarios
+from motrt.export.parity.metrics import compare_rows
+from motrt.export.parity.row_noise import RowLimits, measure_limits
+from motrt.export.parity.scenarios import Observation, Scenario, in_batches, observe, scenarios
 from motrt.export.polygraphy_files import save_outputs
 from motrt.export.verification import VerifyOptions, verify_bundle
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import check_prompts
-from motrt.runtime.tolerances import limit_of
+from motrt.runtime.tolerances import UNIT_ROUNDOFF, limit_of, row_limit
+from motrt.runtime.torch_session import TorchSession
 
 __all__ = ["Finding", "Outcome", "ParityReport", "compare", "dump", "verify"]
 
 Sequences = Iterable[Sequence[int]]
+Said = Sequence[tuple[Scenario, Sequence[Observation]]]
 
 
 def compare(session_a: Session, session_b: Session, inputs: Sequences | None = None) -> ParityReport:
@@ -57,14 +64,44 @@ def compare(session_a: Session, session_b: Session, inputs: Sequences | None = N
         raise InputError("the two sessions compute different models (their configurations differ): open the same one twice")
     most = min(session_a.most_rows or _MOST_ROWS, session_b.most_rows or _MOST_ROWS)
     asked = [part for one in _asked(session_a.config, inputs) for part in in_batches(one, most)]
-    compared = compare_scenarios(session_b, [(one, observe(session_a, one)) for one in asked])
-    limit = limit_of(session_b) + (0.0 if _is_exact(session_a) else limit_of(session_a))
-    findings = agreement_findings(session_b, compared, limit)
-    evidence = {"limit": limit, "positions": evidence_of(session_b, compared)}
+    said = [(one, observe(session_a, one)) for one in asked]
+    limits = _limits(session_a, session_b, said)
+    compared = compare_scenarios(session_b, said, limits)
+    findings = agreement_findings(session_b, compared)
+    evidence = {"limit": limits.worst, "positions": evidence_of(session_b, compared)}
     seconds = time.perf_counter() - started
     return ParityReport(_told(session_b), _told(session_a), tuple(findings), seconds, evidence=evidence)
 
 
+def _limits(session_a: Session, session_b: Session, said: Said) -> RowLimits:
+    """What two sessions may differ by, row by row where PyTorch is one of them and can be given errors.
+
+    Elsewhere the formula speaks, and a model that amplifies rounding shows it by how far each session is from itself when it is
+    asked in chunks.
+    """
+    precision = max(session_a.precision, session_b.precision, key=UNIT_ROUNDOFF.__getitem__)
+    rounds = any(one.activation_block is not None for one in (session_a, session_b))
+    reference = next((one for one in (session_a, session_b) if isinstance(one, TorchSession)), None)
+    if reference is not None and not rounds:
+        with in_float32(reference) as noisy:
+            return measure_limits(reference, noisy, precision, [scenario for scenario, _ in said])
+    formula = RowLimits.of_formula(session_b)
+    limit = formula.worst + (0.0 if _is_exact(session_a) else limit_of(session_a))
+    noise = max(_from_itself(one, said) for one in (session_a, session_b))
+    return replace(formula, worst=max(limit, row_limit(session_b.config, precision, noise)))
+
+
+def _from_itself(session: Session, said: Said) -> float:
+    """The largest relative L2 error of a row between a prompt that is read whole and the same in chunks."""
+    worst = 0.0
+    for scenario, _ in said:
+        whole, chunks = (observe(session, replace(scenario, chunk_size=size)) for size in (None, _CHUNK))
+        errors = [compare_rows(a.logits, b.logits).relative_l2 for a, b in zip(whole, chunks, strict=True)]
+        worst = max(worst, *(error for error in errors if error < inf), 0.0)
+    return worst
+
+
+_CHUNK = 7
 _MOST_ROWS = 32
 
 

@@ -44,7 +44,11 @@ def motrt_verify(request: pytest.FixtureRequest) -> "Callable[..., ParityReport]
         if not allow_ambiguous:
             refused += [one for one in report.findings if one.outcome is parity.Outcome.AMBIGUOUS]
         if refused:
-            said = "loses too much of the model it was made of" if report.only_loses else "is not the model it was made of"
+            said = (
+                "loses more than its budget of the model it was made of"
+                if report.only_loses
+                else "is not the model it was made of"
+            )
             pytest.fail("\n  - ".join([f"{bundle} {said}:", *map(str, refused)]), pytrace=False)
         return report
 

@@ -166,9 +166,11 @@ def layer_duplicated(bundle: Doctored) -> None:
         bundle.set_weight(name.replace("layers.0.", "layers.1."), bundle.weight(name))
 
 
-def other_tables(rope: RopeConfig) -> Plant:
+def other_tables(how: Callable[[RopeConfig], RopeConfig]) -> Plant:
+    """The tables of other settings than the model's own."""
+
     def plant(bundle: Doctored) -> None:
-        tables = rope_tables(rope, bundle.config.head_size, bundle.config.max_seq_len, torch.float32)
+        tables = rope_tables(how(bundle.config.rope), bundle.config.head_size, bundle.config.max_seq_len, torch.float32)
         for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
             bundle.set_weight(name, table.numpy())
 
@@ -198,6 +200,18 @@ def set_attribute(op_type: str, name: str, value: float | str, start: str = "") 
             kept = [one for one in node.attribute if one.name != name]
             del node.attribute[:]
             node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+    return plant
+
+
+def scaled_attribute(op_type: str, name: str, factor: float, start: str = "") -> Plant:
+    """A number of every node of a kind that came from a module, so many times as large."""
+
+    def plant(bundle: Doctored) -> None:
+        for node in bundle.nodes(op_type, start):
+            for one in node.attribute:
+                if one.name == name:
+                    one.f *= factor
 
     return plant
 
@@ -711,8 +725,18 @@ def _weight_faults() -> list[Fault]:
             set_attribute("RotaryEmbedding", "interleaved", 1, "layers.1."),
             (1, ROTATION),
         ),
-        fault("another theta in the tables", "fp32", other_tables(RopeConfig(theta=450000.0)), (0, ROTATION)),
-        fault("rotation scaled where it should not be", "fp32", other_tables(RopeConfig(scaling=RopeScaling())), (0, ROTATION)),
+        fault(
+            "another theta in the tables",
+            "fp32",
+            other_tables(lambda rope: replace(rope, theta=0.9 * rope.theta)),
+            (0, ROTATION),
+        ),
+        fault(
+            "rotation scaled where it should not be",
+            "fp32",
+            other_tables(lambda rope: replace(rope, scaling=RopeScaling())),
+            (0, ROTATION),
+        ),
         fault("epsilon 1e-2 for 1e-5", "fp32", set_attribute("RMSNormalization", "epsilon", 1e-2), (0, NORM)),
         fault(
             "epsilon 1e-6 for 1e-5 in one norm",
@@ -843,10 +867,10 @@ def _numeric_faults() -> list[Fault]:
         fault("one weight rounded to fp16", change(_weight(0, "feed_forward.text.w2.weight"), through_half), (0, EXPERTS)),
         fault("approximate GELU", set_attribute("Gelu", "approximate", "tanh"), (0, EXPERTS)),
         fault("GELU in the place of SiLU", gelu_for_silu, (1, EXPERTS)),
-        fault("softmax scaled by sqrt(2) too much", set_attribute("Attention", "scale", 0.25 * 2**0.5), (0, ATTENTION)),
+        fault("softmax scaled by sqrt(2) too much", scaled_attribute("Attention", "scale", 2**0.5), (0, ATTENTION)),
         fault(
             "softmax of one layer scaled by a hundredth too much",
-            set_attribute("Attention", "scale", 0.2525, "layers.1."),
+            scaled_attribute("Attention", "scale", 1.01, "layers.1."),
             (1, ATTENTION),
         ),
         fault("softmax of one layer not scaled", set_attribute("Attention", "scale", 1.0, "layers.1."), (1, ATTENTION)),

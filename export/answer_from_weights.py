@@ -6,16 +6,16 @@ ladder), with one weight in memory at a time: an export that is not verified sta
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
 
 from motrt.errors import InputError
-from motrt.export.parity.calibration import on_one_thread
-from motrt.export.parity.gate import LARGEST_FLOAT64_REFERENCE
 from motrt.export.streamed_decoder import StreamedDecoder
 from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
@@ -23,16 +23,19 @@ from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
-from motrt.runtime.known_answer import LARGEST_CONDITIONING, KnownAnswer, Question, Said
+from motrt.runtime.known_answer import LARGEST_NOISE, KnownAnswer, Question, Said
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.runtime.tolerances import ROUNDINGS_OUTSIDE, ROUNDINGS_PER_LAYER, UNIT_ROUNDOFF
+from motrt.runtime.tolerances import UNIT_ROUNDOFF
 from motrt.runtime.torch_session import TorchSession
 
 logger = logging.getLogger(__name__)
 
-# The least errors that rows are given to see what becomes of rounding: far above those that the reference makes itself.
-SMALLEST_ERRORS = {"fp64": 2.0**-30, "fp32": 2.0**-14}
+# Below this many parameters the answer is computed in float64.
+LARGEST_FLOAT64_ANSWER = 10_000_000
+
+# How often the question is asked with errors, for the noise of its rows: each time costs a pass, and memory for one.
+NUM_NOISY_GROUPS = 6
 
 
 def known_answer(
@@ -58,43 +61,48 @@ def known_answer(
         return value
 
     size = sum(one.numel for one in parameters(config))
-    own = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
-    dtype, error = TORCH_DTYPES[DTYPE_OF_PRECISION[own]], max(SMALLEST_ERRORS[own], UNIT_ROUNDOFF[precision])
+    own = "fp64" if size < LARGEST_FLOAT64_ANSWER else "fp32"
     question = Question.usual(config)
     # One thread: the answer does not depend on the number of cores, and threads that wait for each other after every piece of
     # codes cost more than they save.
     blocks = {} if quantization is None else quantization.activation_blocks(config)
-    with on_one_thread(), TorchSession(StreamedDecoder(config, counted, dtype, error, blocks)) as session:
-        said, with_errors, rounded = said_thrice(session, question)
+    decoder = StreamedDecoder(
+        config, counted, TORCH_DTYPES[DTYPE_OF_PRECISION[own]], UNIT_ROUNDOFF[precision], 2 + NUM_NOISY_GROUPS, blocks
+    )
+    with on_one_thread(), TorchSession(decoder) as session:
+        exact, *noisy, rounded = said_in_groups(session, question, 2 + NUM_NOISY_GROUPS)
     try:
-        answer = KnownAnswer.of(question, said, config, f"torch {torch.__version__}, {own}")
+        answer = KnownAnswer.of(question, exact, config, f"torch {torch.__version__}, {own}")
     except InputError as failure:
         logger.warning("the bundle carries no known answer, PyTorch itself gets no numbers from this model: %s", failure)
         return None
-    conditioning = _worst(question, said, with_errors, config) / (error * _root_of_roundings(config))
+    squares = [_relative_errors(question, exact, one, config) for one in noisy]
     return replace(
         answer,
-        conditioning=min(max(1.0, conditioning), LARGEST_CONDITIONING),
-        rounded_activations=_worst(question, said, rounded, config) if blocks else None,
+        noise=tuple(
+            tuple(sqrt(sum(e * e for e in row) / len(row)) for row in zip(*rows, strict=True))
+            for rows in zip(*squares, strict=True)
+        ),
+        rounding_loss=_relative_errors(question, exact, rounded, config) if blocks else None,
     )
 
 
-def said_thrice(session: Session, question: Question) -> tuple[Said, Said, Said]:
-    """The answer by a single pass over prompts and steps together, of three batches of the same rows.
+def said_in_groups(session: Session, question: Question, num_groups: int) -> list[Said]:
+    """Ask ``question`` by a single pass over prompts and steps together, of a batch that holds its rows ``num_groups`` times.
 
     Rows that are shorter are padded with their last id.
     """
     config, num_steps, width = session.config, len(question.steps), question.num_positions
-    rows = [(*prompt, *(step[row] for step in question.steps)) for row, prompt in enumerate(question.prompts)] * 3
+    rows = [(*prompt, *(step[row] for step in question.steps)) for row, prompt in enumerate(question.prompts)] * num_groups
     ids = np.array([[*row, *[row[-1]] * (width - len(row))] for row in rows], dtype=np.int64)
     count = len(question.prompts)
     wanted = [
-        (first + row) * width + len(question.prompts[row]) - 1 + step
-        for first in (0, count, 2 * count)
+        (group * count + row) * width + len(question.prompts[row]) - 1 + step
+        for group in range(num_groups)
         for step in range(num_steps + 1)
         for row in range(count)
     ]
-    predicted = [config.modality_index(name) for names in question.predicted for name in names] * 3
+    predicted = [config.modality_index(name) for names in question.predicted for name in names] * num_groups
     inputs = StepInputs(
         input_ids=ids,
         modality_mask=modality_of_ids(ids, config),
@@ -103,22 +111,33 @@ def said_thrice(session: Session, question: Question) -> tuple[Said, Said, Said]
         head_mask=np.array(predicted, np.int64),
     )
     logits = session.run(inputs, session.new_cache(len(rows), width))
-    parts = [logits[start : start + count] for start in range(0, len(wanted), count)]
-    passes = num_steps + 1
-    return parts[:passes], parts[passes : 2 * passes], parts[2 * passes :]
+    passes = [logits[start : start + count] for start in range(0, len(wanted), count)]
+    size = num_steps + 1
+    return [passes[start : start + size] for start in range(0, len(passes), size)]
 
 
-def _worst(question: Question, said: Said, other: Said, config: ModelConfig) -> float:
-    """The largest relative L2 difference of a row of logits."""
-    worst = 0.0
-    for names, one_part, other_part in zip(question.predicted, said, other, strict=True):
-        for name, one, two in zip(names, one_part, other_part, strict=True):
-            owned = config.id_ranges[config.modality_index(name)]
-            expected, came = (row[owned.start : owned.stop].astype(np.float64) for row in (one, two))
-            worst = max(worst, float(np.linalg.norm(came - expected) / max(float(np.linalg.norm(expected)), 1e-30)))
-    return worst
+def _relative_errors(question: Question, said: Said, other: Said, config: ModelConfig) -> tuple[tuple[float, ...], ...]:
+    """Return the relative L2 difference of each row of logits, by step and row; at most the largest number that is stored."""
+    return tuple(
+        tuple(
+            _relative_error(one, two, config.id_ranges[config.modality_index(name)])
+            for name, one, two in zip(names, ones, twos, strict=True)
+        )
+        for names, ones, twos in zip(question.predicted, said, other, strict=True)
+    )
 
 
-def _root_of_roundings(config: ModelConfig) -> float:
-    """What independent errors of size 1 come to, says the formula of the limit."""
-    return sqrt(ROUNDINGS_PER_LAYER * config.num_layers + ROUNDINGS_OUTSIDE)
+def _relative_error(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], owned: range) -> float:
+    wanted, got = (row[owned.start : owned.stop].astype(np.float64) for row in (expected, actual))
+    return min(float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-30), LARGEST_NOISE)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """PyTorch on one thread, for as long as this is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

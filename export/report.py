@@ -158,7 +158,9 @@ def _more(figures: Mapping[str, Any]) -> str:
 
 def verdict_line(report: Mapping[str, Any]) -> str:
     colour = COLOURS[report["verdict"]]
-    return f"[{colour}]{report['verdict']}[/{colour}] in {report['seconds']:.1f} s"
+    loss = report.get("loss")
+    lost = "" if loss is None else f", loss [{'red' if loss == 'over' else 'green'}]{loss}[/] its budget"
+    return f"[{colour}]{report['verdict']}[/{colour}]{lost} in {report['seconds']:.1f} s"
 
 
 def seconds_table(seconds: Mapping[str, float]) -> Table:

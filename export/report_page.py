@@ -16,7 +16,6 @@ from typing import Any
 from motrt.errors import InputError
 from motrt.export.html_parts import NOTHING, Html, counted, folded, joined, number, percent, row, shown, table, tag
 from motrt.export.page_style import STYLE
-from motrt.export.parity.findings import LOSS
 from motrt.export.report_charts import drift_curves, drift_map, greedy, margins, modality_kinds
 from motrt.export.svg_charts import bar
 
@@ -40,7 +39,8 @@ RUNGS = {
 AGREEMENT = {
     "rows": ("rows>", shown),
     "relative_l2_max": ("worst relative L2>", shown),
-    "limit": ("limit>", shown),
+    "limit": ("its limit>", shown),
+    "limit_median": ("median limit>", shown),
     "relative_l2_p95": ("95 % below>", shown),
     "max_abs": ("max abs (logits)>", shown),
     "kl_max": ("worst KL (nats)>", shown),
@@ -69,7 +69,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     """One self-contained HTML page.
 
     Args:
-        report: a parity report as plain JSON values, ``motrt.parity/1``; infinity and NaN as the strings ``inf`` and ``nan``.
+        report: a parity report as plain JSON values, ``motrt.parity/2``; infinity and NaN as the strings ``inf`` and ``nan``.
             Everything but verdict, names and findings may be missing.
 
     Returns:
@@ -215,9 +215,9 @@ def _sentence(report: Report, counts: Mapping[str, int]) -> list[object]:
         ),
         "FAIL": (" does not compute what ", reference, f" computes: {counts['FAIL']} of {asked} failed."),
     }
-    if {one["rung"] for one in report["findings"] if one["outcome"] == "FAIL"} == {LOSS}:
-        ends["FAIL"] = (" computes what ", reference, " computes, in a format that loses too much of the model.")
-    end = ends.get(str(report["verdict"]), (" was compared with ", reference, f": {asked}."))
+    end: tuple[object, ...] = ends.get(str(report["verdict"]), (" was compared with ", reference, f": {asked}."))
+    if report.get("loss") == "over":
+        end = (*end, " The format that its weights are stored in loses more of the model than its budget.")
     comma = [","] if report.get("bundle") else []
     return [*subject, *comma, *end, f" It took {_duration(number(report.get('seconds')))}."]
 

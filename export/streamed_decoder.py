@@ -3,12 +3,11 @@
 For one pass through a model that memory should not hold: a pass costs what reading all weights costs, so nobody would
 generate with it. What it computes is the decoder's own: the same code runs.
 
-On the way it can tell what rounding makes of the model, of a batch that holds the same rows three times:
+On the way it can tell what rounding makes of the model, of a batch that holds the same rows several times, in groups:
 
-- the first third is computed as it is;
-- the second is given random errors behind every product, norm and lookup (Monte Carlo arithmetic; Parker 1997), which shows how
-  much the model amplifies them;
-- the third has its activations rounded to 8 bits before products with codes, as a CPU's fast kernels have it.
+- the first group is computed as it is;
+- the last has its activations rounded to 8 bits before products with codes, as a CPU's fast kernels have it;
+- those between are given random relative errors before and behind every product, norm and lookup (``relative_errors``).
 """
 
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from motrt.export.quantize import rounded_to_8_bits
+from motrt.export.relative_errors import RelativeErrors
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.head_surgery import Read
@@ -31,17 +31,24 @@ class StreamedDecoder(Decoder):
         config: what to build.
         read: gives the tensor of a name of ``parameters(config)``.
         dtype: of weights, activations and cache.
-        error: the relative error, one way or the other, that values of the second third are given; 0: none.
-        blocks: by the weight that they are multiplied by, how many activations of the third third share a scale.
+        error: root mean square of the relative errors that the groups between are given.
+        num_groups: of the batch, all of as many rows; 1: nothing is told of rounding.
+        blocks: by the weight that they are multiplied by, how many activations of the last group share a scale.
     """
 
     def __init__(
-        self, config: ModelConfig, read: Read, dtype: torch.dtype, error: float = 0.0, blocks: Mapping[str, int] | None = None
+        self,
+        config: ModelConfig,
+        read: Read,
+        dtype: torch.dtype,
+        error: float = 0.0,
+        num_groups: int = 1,
+        blocks: Mapping[str, int] | None = None,
     ) -> None:
         with torch.device("meta"):
             super().__init__(config)
-        self._read, self._dtype, self._error, self._blocks = read, dtype, error, dict(blocks or {})
-        self._chance = torch.Generator().manual_seed(0)
+        self._read, self._dtype, self._num_groups, self._blocks = read, dtype, num_groups, dict(blocks or {})
+        self._errors = RelativeErrors(error)
         nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         for name, module in list(self.named_modules()):
             leaves = [leaf for leaf, _ in module.named_parameters(recurse=False)]
@@ -59,7 +66,7 @@ class StreamedDecoder(Decoder):
         def fetch(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
             for leaf in leaves:
                 setattr(module, leaf, nn.Parameter(self._weight(f"{name}.{leaf}"), requires_grad=False))
-            return (self._rounded(arguments[0], f"{name}.weight"),)
+            return (self._with_errors(self._rounded(arguments[0], f"{name}.weight")),)
 
         def drop(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
             for leaf in leaves if not is_used_again else ():
@@ -72,21 +79,21 @@ class StreamedDecoder(Decoder):
     def _weight(self, name: str) -> Tensor:
         return self._read(name).to(self._dtype)
 
-    # Rows keep their order on every route, so a third of any module's rows is that third of the batch.
+    # Rows keep their order on every route, so a group of any module's rows is that group of the batch.
 
-    def _with_errors(self, output: Tensor) -> Tensor:
-        if self._error:
-            part = output[len(output) // 3 : 2 * len(output) // 3]
-            signs = 2 * torch.randint(2, part.shape, generator=self._chance, dtype=part.dtype) - 1
-            part *= 1 + self._error * signs
-        return output
+    def _with_errors(self, x: Tensor) -> Tensor:
+        """``x`` [rows, width], its groups between the first and the last with errors; ids have none."""
+        if self._num_groups < 3 or not x.is_floating_point():
+            return x
+        size = len(x) // self._num_groups
+        return torch.cat([x[:size], self._errors.apply(x[size : len(x) - size]), x[len(x) - size :]])
 
     def _rounded(self, x: Tensor, weight: str) -> Tensor:
-        """``x`` [rows, width], its last third as the product with ``weight`` takes it on a CPU."""
-        if weight not in self._blocks:
+        """``x`` [rows, width], its last group as the product with ``weight`` takes it on a CPU."""
+        if self._num_groups < 2 or weight not in self._blocks:
             return x
-        exact, last = x[: 2 * len(x) // 3], x[2 * len(x) // 3 :]
-        return torch.cat([exact, rounded_to_8_bits(last, self._blocks[weight])])
+        others = len(x) - len(x) // self._num_groups
+        return torch.cat([x[:others], rounded_to_8_bits(x[others:], self._blocks[weight])])
 
     def logits(self, hidden: Tensor, head_mask: Tensor) -> Tensor:
         return super().logits(self._rounded(hidden, SHARED_HEAD), head_mask)

@@ -33,11 +33,13 @@ class VerifyOptions:
         bisect: ask every part of the graph alone, and name the first that fails.
         report: the folder for ``report.json``, ``report.html`` and, with a part that fails, ``failing_part``; a report asks the
             parts too.
+        max_loss: budget of what quantization may lose, a mean KL divergence in nats; None: by the fewest bits of a weight.
     """
 
     data: Path | None = None
     bisect: bool = False
     report: Path | None = None
+    max_loss: float | None = None
 
 
 def verify_bundle(
@@ -107,7 +109,7 @@ def _extras(bundle: Bundle, options: VerifyOptions) -> Extras:
     place = None if options.report is None else options.report / FAILING_PART
     if place is not None and (place / PART_FILE).is_file():
         shutil.rmtree(place)  # an earlier run's: its fault may be mended
-    return Extras(brought, options.bisect or options.report is not None, place)
+    return Extras(brought, options.bisect or options.report is not None, place, options.max_loss)
 
 
 def _climbed(bundle: Bundle, checkpoint: Checkpoint, steps: Steps, num_threads: int, backend: str, extras: Extras) -> Report:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from motrt.errors import InputError, ParityError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Logits, Session
-from motrt.runtime.tolerances import SAFETY, limit_of, relative_l2_limit
+from motrt.runtime.tolerances import SAFETY, limit_of, row_limit
 from motrt.runtime.versions import installed_versions, version_differences
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ NUM_PROMPT, NUM_STEPS = 64, 8
 # Beyond these it is no question of ours: answering it could take hours.
 MOST_ROWS, MOST_PROMPT, MOST_STEPS, MOST_STORED_IDS = 8, 256, 64, 256
 
-# A model that amplifies rounding a hundred times more than usual is not told from a wrong one by comparing logits.
-LARGEST_CONDITIONING = 100.0
+# A row whose logits rounding alone moves by all of their size says nothing: more is no number of ours.
+LARGEST_NOISE = 1.0
 
 # Numbers up to this can be squared and summed without a thought.
 _LARGEST = 1e30
@@ -180,10 +180,10 @@ class KnownAnswer:
         logits: after the prompts and after each step, per row: the logits of those ids.
         rms: likewise, the root mean square of the logits of all the modality's ids.
         reference: what answered, for people.
-        conditioning: how many times more than usual the model amplifies rounding, found at the export; 1: no more. The limit
-            is so much wider.
-        rounded_activations: the largest relative error of a row where products with codes round their activations to 8 bits, as
-            a CPU's do; None where there are no codes.
+        noise: likewise, how far rounding alone moves the row, as a relative L2 error, found at the export: it sets the row's
+            limit. Empty: nobody measured it, and the formula alone speaks.
+        rounding_loss: likewise, how far the row moves where products with codes round their activations to 8 bits, as a CPU's
+            do; None where there are no codes.
 
     Raises:
         InputError: when it is none.
@@ -194,8 +194,8 @@ class KnownAnswer:
     logits: tuple[tuple[tuple[float, ...], ...], ...]
     rms: tuple[tuple[float, ...], ...]
     reference: str
-    conditioning: float = 1.0
-    rounded_activations: float | None = None
+    noise: tuple[tuple[float, ...], ...] = ()
+    rounding_loss: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         raise_all(InputError, "this is no answer:", self._problems())
@@ -221,11 +221,11 @@ class KnownAnswer:
             problems.append("logits must be numbers")
         if not all(_is_number(value) and value >= 0 for values in self.rms for value in values):
             problems.append("norms must be numbers that are not negative")
-        if not (_is_number(self.conditioning) and 1 <= self.conditioning <= LARGEST_CONDITIONING):
-            problems.append(f"conditioning must be in 1..{LARGEST_CONDITIONING:g} ({self.conditioning!r} came)")
-        rounded = self.rounded_activations
-        if rounded is not None and not (_is_number(rounded) and rounded >= 0):
-            problems.append(f"rounded_activations must be a number that is not negative, or nothing ({rounded!r} came)")
+        for name, found in (("noise", self.noise), ("rounding_loss", self.rounding_loss or ())):
+            if found and [len(one) for one in found] != [len(one) for one in predicted]:
+                problems.append(f"{name} must be one number per row of logits, or nothing")
+            if not all(_is_number(value) and 0 <= value <= LARGEST_NOISE for values in found for value in values):
+                problems.append(f"{name} must be numbers in 0..{LARGEST_NOISE:g}")
         return problems
 
     def problems_of(self, config: ModelConfig) -> list[str]:
@@ -239,9 +239,7 @@ class KnownAnswer:
         return self.question.problems_of(config) + foreign
 
     @classmethod
-    def of(
-        cls, question: Question, said: Said, config: ModelConfig, reference: str, conditioning: float = 1.0
-    ) -> "KnownAnswer":
+    def of(cls, question: Question, said: Said, config: ModelConfig, reference: str) -> "KnownAnswer":
         """What is kept of what a reference said.
 
         Raises:
@@ -264,7 +262,6 @@ class KnownAnswer:
             ),
             tuple(tuple(_rms(row) for row in rows) for rows in inside),
             reference,
-            conditioning,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,8 +272,8 @@ class KnownAnswer:
             "logits": [[list(row) for row in rows] for rows in self.logits],
             "rms": [list(rows) for rows in self.rms],
             "reference": self.reference,
-            "conditioning": self.conditioning,
-            "rounded_activations": self.rounded_activations,
+            "noise": [list(row) for row in self.noise],
+            "rounding_loss": None if self.rounding_loss is None else [list(row) for row in self.rounding_loss],
         }
 
     @classmethod
@@ -285,8 +282,8 @@ class KnownAnswer:
         question = Question(_nested(values["prompts"]), _nested(values["steps"]), _nested(values["predicted"]))
         ids = {str(name): tuple(ids) for name, ids in values["ids"].items()}
         logits = tuple(_nested(rows) for rows in values["logits"])
-        rms, reference = _nested(values["rms"]), str(values["reference"])
-        return cls(question, ids, logits, rms, reference, values["conditioning"], values["rounded_activations"])
+        rms, reference, loss = _nested(values["rms"]), str(values["reference"]), values["rounding_loss"]
+        return cls(question, ids, logits, rms, reference, _nested(values["noise"]), None if loss is None else _nested(loss))
 
 
 def _nested(values: Any) -> tuple[tuple[Any, ...], ...]:
@@ -322,8 +319,9 @@ class Difference:
         step: after which it came; 0: after the prompt.
         modality: predicted there.
         is_alone: whether the row was asked by itself.
-        error: relative to the answer, to be held against the session's limit (see the top of this file); infinite where an id
-            of the modality has no finite logit, or another id has one.
+        error: relative to the answer, to be held against the row's limit (see the top of this file); infinite where an id of
+            the modality has no finite logit, or another id has one.
+        limit: of the error.
     """
 
     row: int
@@ -331,6 +329,7 @@ class Difference:
     modality: str
     is_alone: bool
     error: float
+    limit: float
 
     def __str__(self) -> str:
         after = f"step {self.step}" if self.step else "the prompt"
@@ -341,7 +340,14 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; null for an error that is infinite."""
         error = self.error if isfinite(self.error) else None
-        return {"row": self.row, "step": self.step, "modality": self.modality, "is_alone": self.is_alone, "error": error}
+        return {
+            "row": self.row,
+            "step": self.step,
+            "modality": self.modality,
+            "is_alone": self.is_alone,
+            "error": error,
+            "limit": self.limit,
+        }
 
 
 def ask(session: Session, question: Question) -> Said:
@@ -360,20 +366,22 @@ def differences(session: Session, answer: KnownAnswer) -> list[Difference]:
     found = []
     if len(rows) > 1 and (session.most_rows is None or session.most_rows >= len(rows)):
         said = ask(session, question)
-        found += [one for row in rows for one in _compare(session.config, answer, row, [part[row] for part in said], False)]
+        found += [one for row in rows for one in _compare(session, answer, row, [part[row] for part in said], False)]
     for row in rows:
         said = ask(session, question.of_row(row))
-        found += _compare(session.config, answer, row, [part[0] for part in said], True)
+        found += _compare(session, answer, row, [part[0] for part in said], True)
     return found
 
 
-def _compare(config: ModelConfig, answer: KnownAnswer, row: int, came: Sequence[Logits], is_alone: bool) -> list[Difference]:
+def _compare(session: Session, answer: KnownAnswer, row: int, came: Sequence[Logits], is_alone: bool) -> list[Difference]:
     names = [names[row] for names in answer.question.predicted]
-    return [
-        Difference(
-            row, step, name, is_alone, _error(config, answer, name, values, answer.logits[step][row], answer.rms[step][row])
-        )
+    errors = [
+        _error(session.config, answer, name, values, answer.logits[step][row], answer.rms[step][row])
         for step, (name, values) in enumerate(zip(names, came, strict=True))
+    ]
+    return [
+        Difference(row, step, name, is_alone, error, allowed(session, answer, row, step))
+        for step, (name, error) in enumerate(zip(names, errors, strict=True))
     ]
 
 
@@ -388,17 +396,18 @@ def _error(config: ModelConfig, answer: KnownAnswer, name: str, came: Logits, ex
     return max(_rms(came[ids].astype(np.float64) - expected) / unit / room, abs(_rms(inside) - rms) / unit)
 
 
-def allowed(session: Session, answer: KnownAnswer) -> float:
-    """The largest error that ``session`` may make.
+def allowed(session: Session, answer: KnownAnswer, row: int, step: int) -> float:
+    """Return the largest error that ``session`` may make in one row of logits, after one step.
 
-    Where it rounds activations to 8 bits, what that does to this very question is known. Other kernels cut other blocks and
-    break ties otherwise: ``SAFETY`` times as much is allowed, and never more than rounding can do at worst.
+    Where it rounds activations to 8 bits, what that does to this very row is known. Other kernels cut other blocks and break
+    ties otherwise: ``SAFETY`` times as much is allowed.
     """
-    limit = limit_of(session) * answer.conditioning
-    if session.activation_block is None or answer.rounded_activations is None:
+    if not answer.noise:
+        return limit_of(session)
+    limit = row_limit(session.config, session.precision, answer.noise[step][row])
+    if session.activation_block is None or answer.rounding_loss is None:
         return limit
-    own = relative_l2_limit(session.config, session.precision) * answer.conditioning
-    return min(limit, own + SAFETY * answer.rounded_activations)
+    return limit + SAFETY * answer.rounding_loss[step][row]
 
 
 def check_answer(session: Session, answer: KnownAnswer, made_with: Mapping[str, str]) -> None:
@@ -414,23 +423,23 @@ def check_answer(session: Session, answer: KnownAnswer, made_with: Mapping[str, 
             the export. The ``report`` attribute holds every difference.
     """
     started = time.perf_counter()
-    limit, found = allowed(session, answer), differences(session, answer)
-    worst = max(found, key=lambda one: one.error)
+    found = differences(session, answer)
+    worst = max(found, key=lambda one: one.error / one.limit)
     seconds = time.perf_counter() - started
-    logger.info("known answer of %s: %s, limit %.3g, %.1f ms", session.backend, worst, limit, 1e3 * seconds)
-    if not worst.error <= limit:
-        raise _refusal(session, found, limit, made_with)
+    logger.info("known answer of %s: %s, limit %.3g, %.1f ms", session.backend, worst, worst.limit, 1e3 * seconds)
+    if not worst.error <= worst.limit:
+        raise _refusal(session, found, made_with)
 
 
-def _refusal(session: Session, found: Sequence[Difference], limit: float, made_with: Mapping[str, str]) -> ParityError:
-    wrong = sorted((one for one in found if not one.error <= limit), key=lambda one: -one.error)
+def _refusal(session: Session, found: Sequence[Difference], made_with: Mapping[str, str]) -> ParityError:
+    wrong = sorted((one for one in found if not one.error <= one.limit), key=lambda one: -one.error / one.limit)
     others = version_differences(made_with) or [
         "every version is the one that made the bundle: look at its files (check='hash'), at the processor and the driver"
     ]
     message = "\n  - ".join(
         [
             f"{session.backend} does not give the known answer of this bundle, so it is refused:",
-            f"{wrong[0]}, where {limit:.3g} is allowed; {len(wrong)} of {len(found)} rows of logits are beyond it",
+            f"{wrong[0]}, where {wrong[0].limit:.3g} is allowed; {len(wrong)} of {len(found)} rows of logits are beyond it",
             *others,
             "`motrt verify` says what is wrong; install the versions that made the bundle, or export it again where it runs",
         ]
@@ -440,7 +449,7 @@ def _refusal(session: Session, found: Sequence[Difference], limit: float, made_w
         {
             "verdict": "FAIL",
             "backend": session.backend,
-            "limit": limit,
+            "limit": wrong[0].limit,
             "differences": [one.to_dict() for one in found],
             "versions": {"here": installed_versions(), "made_with": dict(made_with)},
         },

@@ -54,7 +54,6 @@ class Session(ABC):
         backend: what runs it, for people: ``onnxruntime (CPU)``.
         precision: of activations and cache: ``fp32``, ``fp16``, ``bf16``, ``fp64``.
         activation_block: activations that share one scale where products round them to 8 bits; None: no product does.
-        conditioning: how many times more than usual the model amplifies rounding; 1 where nobody has measured it.
         weights: what the weights are stored as, for people: ``int4``, or the precision again.
         tokenizer: turns text into ids and back; None where the bundle carries none.
         told_of_doubled_start: whether it was said that a prompt's text brings a start token that the tokenizer adds, too.
@@ -71,7 +70,6 @@ class Session(ABC):
     longest_pass = PREFILL_CHUNK
     most_rows: int | None = None
     activation_block: int | None = None
-    conditioning: float = 1.0
     weights: str | None = None
     told_of_doubled_start = False
     _gate: threading.Condition

@@ -1,9 +1,14 @@
 """How much two computations of the same logits may differ, in one place, each number with its reason.
 
 The gate is the relative L2 error of a row of logits: it has no unit, and one wrong weight moves it while one unlucky
-rounding does not. Its limit follows from the arithmetic::
+rounding does not. Where a row's *noise* was measured (how far rounding alone moves it: ``export/parity/row_noise.py``)::
 
-    limit = SAFETY * unit roundoff * sqrt(roundings in a row) * accumulation
+    limit = max(NOISE_SAFETY * noise, FLOOR * expected noise)
+
+Where nobody has measured it, the arithmetic of a well-behaved model speaks::
+
+    expected noise = unit roundoff * sqrt(roundings in a row) * accumulation
+    limit = SAFETY * expected noise
 
 - unit roundoff: half the spacing of the dtype's numbers around 1 (IEEE 754; Higham, Accuracy and Stability of Numerical
   Algorithms, section 2.1): float32 2^-24, float16 2^-11, bfloat16 2^-8.
@@ -25,6 +30,19 @@ UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2
 # below, in float32 and float16 alike (`motrt verify` prints error and limit side by side). What is left is room for other
 # processors and thread counts. The tests plant faults down to one bias of one layer: all are far above.
 SAFETY = 4.0
+# Of measured noise. On a trained model (SmolLM2-135M, docs/gate.md) the largest error of onnxruntime's rows came to 3.7 times
+# their noise in float32, its median to 0.8; the rest is room for other processors, thread counts and GPUs.
+NOISE_SAFETY = 8.0
+
+# Where products round activations to 8 bits, an activation between two codes falls either way for the least of reasons, and
+# moves a row by a code's worth. In a deep model that happens in every row, in a shallow one in a few, which no few samples of
+# float32's own errors would show. So errors of 2^-14 are drawn there: of a thousand activations some five then fall the other
+# way. What comes of many such steps spreads little, so less room is needed above it.
+CODE_ERROR, CODE_SAFETY = 2.0**-14, 4.0
+
+# Of the expected noise: a row whose few samples happened to come out near zero is still rounded.
+FLOOR = 0.5
+
 ACCUMULATION = {"fp64": 4.0, "fp32": 4.0, "fp16": 1.0, "bf16": 1.0}
 
 ROUNDINGS_PER_LAYER, ROUNDINGS_OUTSIDE = 12, 4
@@ -33,10 +51,24 @@ ROUNDINGS_PER_LAYER, ROUNDINGS_OUTSIDE = 12, 4
 ROUNDED_PRODUCTS_PER_LAYER, ROUNDED_PRODUCTS_OUTSIDE = 6, 1
 
 
+def expected_noise(config: ModelConfig, precision: str) -> float:
+    """Return the relative L2 error of a row of logits that roundings come to in a well-behaved model."""
+    return UNIT_ROUNDOFF[precision] * sqrt(roundings_in_a_row(config)) * ACCUMULATION[precision]
+
+
+def roundings_in_a_row(config: ModelConfig) -> int:
+    """Return how many roundings a row of logits goes through, one after another."""
+    return ROUNDINGS_PER_LAYER * config.num_layers + ROUNDINGS_OUTSIDE
+
+
+def row_limit(config: ModelConfig, precision: str, noise: float, safety: float = NOISE_SAFETY) -> float:
+    """Return the largest relative L2 error that a row of logits may have whose measured noise is ``noise``."""
+    return max(FLOOR * expected_noise(config, precision), safety * noise)
+
+
 def relative_l2_limit(config: ModelConfig, precision: str) -> float:
-    """The largest relative L2 error that a row of logits may have against the reference."""
-    roundings = ROUNDINGS_PER_LAYER * config.num_layers + ROUNDINGS_OUTSIDE
-    return SAFETY * UNIT_ROUNDOFF[precision] * sqrt(roundings) * ACCUMULATION[precision]
+    """Return the largest relative L2 error of a row of a model whose noise nobody has measured."""
+    return SAFETY * expected_noise(config, precision)
 
 
 def rounded_activations_limit(config: ModelConfig, block: int) -> float:
@@ -53,8 +85,24 @@ def rounded_activations_limit(config: ModelConfig, block: int) -> float:
 
 
 def limit_of(session: Session) -> float:
-    """The limit for what ``session`` computes with, and for how much its model amplifies rounding."""
+    """Return the limit of a row of a session whose noise nobody has measured."""
     limit = relative_l2_limit(session.config, session.precision)
     if session.activation_block is not None:
         limit += rounded_activations_limit(session.config, session.activation_block)
-    return limit * session.conditioning
+    return limit
+
+
+def explain_limit(config: ModelConfig, precision: str) -> list[str]:
+    """Return how the limits of a model's rows are made, with its numbers, as sentences."""
+    roundings, expected = roundings_in_a_row(config), expected_noise(config, precision)
+    adds_up_in = precision if precision in ("fp32", "fp64") else "fp32, and rounds once"
+    return [
+        f"unit roundoff of {precision}: {UNIT_ROUNDOFF[precision]:.3g} (half the distance of neighbours around 1)",
+        f"roundings one after another: {ROUNDINGS_PER_LAYER} x {config.num_layers} layers + {ROUNDINGS_OUTSIDE} = {roundings}; "
+        f"independent ones add up as the root of their number: {sqrt(roundings):.1f}",
+        f"partial sums of products: {ACCUMULATION[precision]:g} times ({precision} adds up in {adds_up_in})",
+        f"a well-behaved model's noise: {UNIT_ROUNDOFF[precision]:.3g} x {sqrt(roundings):.1f} x {ACCUMULATION[precision]:g} = "
+        f"{expected:.3g}",
+        f"the limit of a row: {NOISE_SAFETY:g} times its own noise, for other processors and thread counts, and at least "
+        f"{FLOOR:g} times that figure: {FLOOR * expected:.3g}",
+    ]

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from motrt.errors import BackendError, ParityError
-from motrt.export.parity.calibration import Calibration
 from motrt.export.parity.failing_part import Fed, write_failing_part
 from motrt.export.parity.findings import json_number
 from motrt.export.parity.graph_cuts import CutGraph
@@ -210,7 +209,7 @@ def bisect(
     model_file: Path,
     config: ModelConfig,
     passes: Sequence[RecordedPass],
-    calibration: Calibration,
+    conditioning: float,
     steps: Steps,
     num_threads: int = 0,
     graph: Graph = CANONICAL,
@@ -222,7 +221,7 @@ def bisect(
         model_file: the graph, its external data beside it.
         config: what it computes.
         passes: what ``recorded_passes`` gave, of the reference.
-        calibration: of the reference: a model that amplifies rounding is allowed more.
+        conditioning: how many times more than a well-behaved model this one amplifies rounding: parts are allowed so much more.
         steps: told of progress.
         num_threads: onnxruntime's; 0: one per core.
         graph: which graph the file holds.
@@ -234,7 +233,7 @@ def bisect(
         cuts = CutGraph(model, config, logits)
     except ParityError as broken:
         return Bisection(graph.name, (), {}, str(broken))
-    asker = _Asker(cuts, model_file.parent, config, graph, num_threads, calibration.conditioning)
+    asker = _Asker(cuts, model_file.parent, config, graph, num_threads, conditioning)
     errors = []
     with steps.step(f"ask the parts of {graph.name}", len(parts(config)), "parts") as advance:
         for part in parts(config):

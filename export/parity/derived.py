@@ -22,6 +22,7 @@ from motrt.export.onnx_check import (
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import RUNG
 from motrt.export.parity.findings import Finding, judged
+from motrt.export.parity.row_noise import RowLimits
 from motrt.export.parity.scenarios import Scenario, pattern_scenarios
 from motrt.export.stored_weights import data_place, read_graph
 from motrt.model_def.config import ModelConfig
@@ -67,13 +68,13 @@ def _is_external(tensor: TensorProto) -> bool:
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
-def own_consistency_findings(session: Session, graph: Graph) -> list[Finding]:
+def own_consistency_findings(session: Session, graph: Graph, limits: RowLimits | None = None) -> list[Finding]:
     """P2 of a step, over sequences in which it does the decode steps; of other graphs, over all modalities mixed."""
     if graph.tokens is None or graph.predicts is None:
-        return consistency_findings(session)
+        return consistency_findings(session, limits)
     pattern = [graph.tokens] if graph.tokens == graph.predicts else [graph.tokens, graph.predicts]
     row, batch = pattern_scenarios(session.config, pattern)
-    return consistency_findings(session, row, batch)
+    return consistency_findings(session, limits, row, batch)
 
 
 def served(graph: Graph, scenarios: Sequence[Scenario], config: ModelConfig) -> list[Scenario]:

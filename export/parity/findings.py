@@ -6,10 +6,10 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
-from motrt.errors import ParityError, raise_all
+from motrt.errors import LossError, ParityError, raise_all
 
 # Of the report as JSON; the number grows when a reader of the old one could misread the new one.
-SCHEMA = "motrt.parity/1"
+SCHEMA = "motrt.parity/2"
 
 # The rung of what a format costs a model: no fault of what runs, which is the model as it was stored.
 LOSS = "loss"
@@ -93,12 +93,18 @@ class Report:
 
     @property
     def verdict(self) -> Outcome:
-        """FAIL if anything failed, else AMBIGUOUS if anything was, else PASS."""
-        outcomes = {finding.outcome for finding in self.findings}
+        """Of the graph: FAIL if anything failed, else AMBIGUOUS if anything was, else PASS. What a format loses is ``loss``."""
+        outcomes = {finding.outcome for finding in self.findings if finding.rung != LOSS}
         for worst in (Outcome.FAIL, Outcome.AMBIGUOUS):
             if worst in outcomes:
                 return worst
         return Outcome.PASS
+
+    @property
+    def loss(self) -> str | None:
+        """``within`` or ``over`` its budget; None where nothing is quantised."""
+        lost = [finding.outcome for finding in self.findings if finding.rung == LOSS]
+        return None if not lost else "over" if Outcome.FAIL in lost else "within"
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -106,20 +112,22 @@ class Report:
 
     @property
     def only_loses(self) -> bool:
-        """Whether all that failed is what the format loses: what runs is right, and not good enough."""
-        return {one.rung for one in self.failed} == {LOSS}
+        """Whether the graph is right and its format is over the budget of what it may lose."""
+        return self.verdict is not Outcome.FAIL and self.loss == "over"
 
     def raise_on_failure(self) -> None:
-        """Raise ParityError where the verdict is FAIL, naming every finding that failed."""
-        said = "computes what" if self.only_loses else "is not"
-        end = " says, in a format that loses too much of this model:" if self.only_loses else ":"
-        raise_all(ParityError, f"{self.backend} {said} {self.reference}{end}", [str(one) for one in self.failed])
+        """Raise ParityError where the graph is wrong, and LossError where it is right and loses more than its budget."""
+        error, said, end = ParityError, "is not", ":"
+        if self.only_loses:
+            error, said, end = LossError, "computes what", " says, in a format that loses more of this model than its budget:"
+        raise_all(error, f"{self.backend} {said} {self.reference}{end}", [str(one) for one in self.failed])
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict and its findings: what a manifest keeps."""
         return {
             "schema": SCHEMA,
             "verdict": self.verdict.value,
+            "loss": self.loss,
             "backend": self.backend,
             "reference": self.reference,
             "seconds": round(self.seconds, 2),

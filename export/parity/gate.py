@@ -5,7 +5,9 @@ replace weights (P3) a second session stands beside the first.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +17,8 @@ import numpy as np
 import torch
 
 from motrt.errors import BackendError, CheckpointError
-from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of
+from motrt.export.parity.agreement import Compared, agreement_findings, compare, evidence_of, noise_of, typical_finding
 from motrt.export.parity.bisect import Bisection, RecordedPass, bisect, recorded_passes
-from motrt.export.parity.calibration import Calibration, calibrate, expected_difference, explanation
 from motrt.export.parity.consistency import consistency_findings
 from motrt.export.parity.contract import contract_findings
 from motrt.export.parity.derived import derived_contract_findings, named_for, own_consistency_findings, served, use_finding
@@ -26,6 +27,7 @@ from motrt.export.parity.generation import (
     Generated,
     Greedy,
     Plan,
+    as_scenario,
     generate_plans,
     generation_findings,
     greedy,
@@ -36,8 +38,9 @@ from motrt.export.parity.hostile import brought_scenarios, hostile_scenarios, re
 from motrt.export.parity.part_values import first_without_numbers, parts
 from motrt.export.parity.quantization_loss import decoder_of_codes, measure_losses
 from motrt.export.parity.replacement import OnnxReplacement
-from motrt.export.parity.rounded_activations import explained_limit, largest_rounding_error, told_apart
+from motrt.export.parity.rounded_activations import RoundingDecoder
 from motrt.export.parity.routing_laws import PlainAnswers, Replacement, absence_of, answers_of, law_findings, swap_of
+from motrt.export.parity.row_noise import RowLimits, measure_limits
 from motrt.export.parity.scenarios import (
     NUM_DECODE_STEPS,
     Int64,
@@ -49,6 +52,7 @@ from motrt.export.parity.scenarios import (
 )
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
+from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
@@ -57,7 +61,7 @@ from motrt.model_def.quantization import Quantization
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
-from motrt.runtime.tolerances import limit_of, rounded_activations_limit
+from motrt.runtime.tolerances import CODE_ERROR, CODE_SAFETY
 from motrt.runtime.torch_session import TorchSession
 
 # On a GPU steps are cheap, and errors of half precision have further to travel.
@@ -129,27 +133,32 @@ class Extras:
         brought: a user's own sequences, to be compared besides.
         is_dissected: whether every part of the graph is asked alone, which names the place of a fault.
         failing_part: the folder to write the first part that fails into; None: nowhere.
+        max_loss: budget of what quantization may lose, a mean KL divergence in nats; None: by the fewest bits of a weight.
     """
 
     brought: tuple[Int64, ...] = ()
     is_dissected: bool = False
     failing_part: Path | None = None
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the reference said to everything that will be asked, and to itself."""
+    """What the reference gave for everything that will be asked.
+
+    Attributes:
+        name: of the reference, for people.
+        scenarios: each with the reference's logits.
+        plans: each with the reference's greedy tokens.
+        limits: how far from that a right graph may be, row by row.
+        passes: by graph, every part's inputs and outputs, where the graph is to be taken apart.
+    """
 
     name: str
     scenarios: tuple[tuple[Scenario, list[Observation]], ...]
     plans: tuple[tuple[Plan, Greedy], ...]
-    calibration: Calibration
+    limits: RowLimits
     passes: Mapping[Graph, Sequence[RecordedPass]] = field(default_factory=dict)
-
-    def taken_by(self, session: OpenSession) -> OpenSession:
-        """``session``, allowed what this model does to rounding."""
-        session.conditioning = self.calibration.conditioning
-        return session
 
 
 def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: int = 0, extras: Extras | None = None) -> Report:
@@ -168,34 +177,33 @@ def climb(subject: Subject, checkpoint: Checkpoint, steps: Steps, num_threads: i
     findings = _contract(subject, checkpoint, steps)
     losses: list[Finding] = []
     if (weights := subject.weights()) is not None:
-        losses = measure_losses(config, checkpoint, weights, steps)
+        losses = measure_losses(config, checkpoint, weights, steps, extras.brought, extras.max_loss)
     with steps.step("reference in PyTorch"):
         # An operator that holds several parts can not be taken apart; its graph is compared as a whole.
         apart = [graph for graph in subject.graphs if graph.operators == "standard"]
-        expected = reference(config, checkpoint, weights=weights, extras=extras, graphs=(CANONICAL, *apart))
-    with expected.taken_by(subject.open(num_threads)) as session:
+        expected = reference(config, checkpoint, subject.precision, weights=weights, extras=extras, graphs=(CANONICAL, *apart))
+    limits = expected.limits
+    with subject.open(num_threads) as session:
         with steps.step("P2 self-consistency"):
-            findings += asked("P2", lambda: consistency_findings(session))
+            findings += asked("P2", lambda: consistency_findings(session, limits))
         with steps.step("P3 routing laws"):
             answers: list[PlainAnswers] = []
-            findings += asked("P3", partial(_laws_and_answers, session, answers))
+            findings += asked("P3", partial(_laws_and_answers, session, limits, answers))
             for said in answers:
                 findings += asked("P3", partial(_laws_of_weights, said, subject.replacement(num_threads)))
         with steps.step("P4 agreement with the reference"):
             compared: list[Compared] = []
-            findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
+            findings += asked("P4", lambda: _agreement(session, expected, compared))
         with steps.step("P5 generation"):
             generated = generate_plans(session, expected.plans)
-            findings += [judge_generated(one, noise_of(compared)) for one in generated]
-        block = None if quantization is None else quantization.activation_block(config)
-        backend, evidence = session.backend, _evidence(session, expected, compared, generated, block)
+            findings += [judge_generated(one, noise_of(compared), limits) for one in generated]
+        backend, evidence = session.backend, _evidence(session, expected, compared, generated)
     for graph in subject.graphs:
         with steps.step(f"P2 to P5 of {graph.name}"):
             findings += named_for(graph, _climb_derived(subject, graph, expected, num_threads))
-    if block is not None:
+    if weights is not None and quantization is not None and quantization.activation_blocks(config):
         with steps.step("P2 to P4 with rounded activations"):
-            is_right = not any(one.outcome is Outcome.FAIL for one in findings)
-            findings += _climb_rounded(subject, expected, num_threads, is_right)
+            findings += _climb_rounded(subject, weights, quantization, expected, num_threads)
     if extras.is_dissected:
         findings += [_not_dissected(graph) for graph in subject.graphs if graph.operators != "standard"]
         evidence |= _dissected(subject.model_file, config, expected, steps, num_threads, extras.failing_part)
@@ -215,19 +223,13 @@ def _contract(subject: Subject, checkpoint: Checkpoint, steps: Steps) -> list[Fi
 
 
 def _evidence(
-    session: Session,
-    expected: Expectation,
-    compared: Sequence[Compared],
-    generated: Sequence[Generated],
-    block: int | None,
+    session: Session, expected: Expectation, compared: Sequence[Compared], generated: Sequence[Generated]
 ) -> dict[str, Any]:
-    """What a report for people shows beside the findings; ``block``: of activations that are rounded where it is deployed."""
-    rounded = None if block is None else rounded_activations_limit(session.config, block)
-    limit = limit_of(session)
+    """What a report for people shows beside the findings."""
     return {
-        "limit": limit,
-        "explanation": explanation(session.config, session.precision, limit, expected.calibration, rounded),
-        "calibration": expected.calibration.to_dict(),
+        "limit": expected.limits.worst,
+        "explanation": expected.limits.explanation(),
+        "noise": expected.limits.to_dict(),
         "positions": evidence_of(session, compared),
         "greedy": [one.to_dict(session.config) for one in generated],
     }
@@ -241,30 +243,25 @@ def asked(rung: str, ask: Callable[[], list[Finding]]) -> list[Finding]:
         return [Finding(rung, "every pass can be done", Outcome.FAIL, str(failure).strip())]
 
 
-def _agreement(
-    session: Session,
-    references: Sequence[tuple[Scenario, Sequence[Observation]]],
-    compared: list[Compared],
-    limit_alone: bool = False,
-) -> list[Finding]:
+def _agreement(session: Session, expected: Expectation, compared: list[Compared]) -> list[Finding]:
     """P4; ``compared`` is given every position, for the rungs behind it."""
-    compared += compare(session, references)
-    return agreement_findings(session, compared, limit_alone=limit_alone)
+    compared += compare(session, expected.scenarios, expected.limits)
+    return agreement_findings(session, compared)
 
 
 def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_threads: int) -> list[Finding]:
     """P2 to P5 of one derived graph, the canonical one behind it for what it does not serve."""
-    with expected.taken_by(subject.open(num_threads, (graph, CANONICAL))) as session:
-        findings = asked("P2", lambda: own_consistency_findings(session, graph))
+    with subject.open(num_threads, (graph, CANONICAL)) as session:
+        findings = asked("P2", lambda: own_consistency_findings(session, graph, expected.limits))
         answers: list[PlainAnswers] = []
         if not graph.is_step:  # prompts of any mix; the weights that a step must not read are not in it at all
-            findings += asked("P3", partial(_laws_and_answers, session, answers))
+            findings += asked("P3", partial(_laws_and_answers, session, expected.limits, answers))
         wanted = served(graph, [scenario for scenario, _ in expected.scenarios], subject.config)
         chosen = {id(one) for one in wanted}  # scenarios hold arrays, which do not compare to one answer
-        references = [(scenario, said) for scenario, said in expected.scenarios if id(scenario) in chosen]
+        its_own = replace(expected, scenarios=tuple(one for one in expected.scenarios if id(one[0]) in chosen))
         compared: list[Compared] = []
-        findings += asked("P4", lambda: _agreement(session, references, compared))
-        findings += generation_findings(session, expected.plans, noise_of(compared))
+        findings += asked("P4", lambda: _agreement(session, its_own, compared))
+        findings += generation_findings(session, expected.plans, noise_of(compared), expected.limits)
         findings.append(use_finding(session.passes[graph.name]))
     # Two graphs with every weight, twice, would be more memory than anything else takes: the first two are closed by now.
     replacement = subject.replacement(num_threads, (graph, CANONICAL))
@@ -273,40 +270,23 @@ def _climb_derived(subject: Subject, graph: Graph, expected: Expectation, num_th
     return findings
 
 
-def _climb_rounded(subject: Subject, expected: Expectation, num_threads: int, is_right: bool) -> list[Finding]:
-    """P2 to P4 of the canonical graph as it is deployed: its products round activations to 8 bits.
+def _climb_rounded(
+    subject: Subject, weights: QuantizedWeights, quantization: Quantization, expected: Expectation, num_threads: int
+) -> list[Finding]:
+    """P2 to P4 of the canonical graph as it is deployed, whose products round activations to 8 bits.
 
-    Weights and routing were asked of it without that, as tightly as of any graph; what is asked here is that the rounding costs
-    no more than rounding can. Where it does, and the graph ``is_right`` without it, the model may be one that rounding costs
-    more: PyTorch is asked how much, and what that explains is a loss, and no fault.
+    The reference rounds in the same way, so that what is left is a fault, and no loss. Rounding to codes makes small errors
+    large now and then, where an activation lies between two of them: that too is each row's own noise.
     """
-    found = _asked_rounded(subject, expected, num_threads)
-    weights, quantization = subject.weights(), subject.quantization
-    if not is_right or weights is None or quantization is None or all(one.outcome is not Outcome.FAIL for one in found):
-        return found
     blocks = quantization.activation_blocks(subject.config)
-    error = largest_rounding_error(subject.config, weights, blocks, expected.scenarios)
-    limit = explained_limit(error)
-    if limit is None:
-        return found
-    return told_apart(found, _asked_rounded(subject, expected, num_threads, limit), error, max(blocks.values()))
-
-
-def _asked_rounded(subject: Subject, expected: Expectation, num_threads: int, limit: float | None = None) -> list[Finding]:
-    """The questions of ``_climb_rounded``, with ``limit`` for a row's relative L2 error and nothing else, where one is given.
-
-    A near-tie that falls the other way is no question any more.
-    """
-    with expected.taken_by(subject.open(num_threads, exact=False)) as session:
-        if limit is not None:
-            session.conditioning *= limit / limit_of(session)
-        found = asked("P2", lambda: consistency_findings(session)) + asked("P3", lambda: law_findings(session))
-        found += asked("P4", lambda: _agreement(session, expected.scenarios, [], limit_alone=limit is not None))
-    settled = {Outcome.AMBIGUOUS: Outcome.PASS}
-    return [
-        replace(one, question=f"{one.question}, activations rounded", outcome=settled.get(one.outcome, one.outcome))
-        for one in found
-    ]
+    rounded = rounded_reference(subject.config, weights, blocks, subject.precision, expected)
+    with subject.open(num_threads, exact=False) as session:
+        found = asked("P2", lambda: consistency_findings(session, rounded.limits))
+        found += asked("P3", lambda: law_findings(session, rounded.limits))
+        compared: list[Compared] = []
+        found += asked("P4", lambda: _agreement(session, rounded, compared))
+    found.append(typical_finding(compared))
+    return [replace(one, question=f"{one.question}, activations rounded") for one in found]
 
 
 def climb_session(
@@ -335,24 +315,24 @@ def climb_session(
     extras = extras or Extras()
     started = time.perf_counter()
     with steps.step("open what is examined"), open_it() as session:
-        most_rows = session.most_rows
+        most_rows, precision = session.most_rows, session.precision
     findings: list[Finding] = []
     weights = None if subject is None else subject.weights()
     if subject is not None:
         findings = _contract(subject, checkpoint, steps)
     if weights is not None:
-        findings += measure_losses(config, checkpoint, weights, steps)
+        findings += measure_losses(config, checkpoint, weights, steps, extras.brought, extras.max_loss, rounds=False)
     with steps.step("reference in PyTorch"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        expected = reference(config, checkpoint, device, NUM_GPU_STEPS, most_rows, weights, extras)
-    with expected.taken_by(open_it()) as session:
+        expected = reference(config, checkpoint, precision, device, NUM_GPU_STEPS, most_rows, weights, extras)
+    with open_it() as session:
         own, evidence = _climbed_session(session, expected, steps)
         findings, backend = findings + own, session.backend
         missing = getattr(session, "no_kernels", "")  # why it ran as it would otherwise, at any time of the climb
     if other_ways and missing:
         findings.append(Finding("P4", "the step kernels were examined", Outcome.SKIPPED, f"they did not run here: {missing}"))
     for name, open_otherwise in (other_ways or {}).items() if not missing else ():
-        with expected.taken_by(open_otherwise()) as session:
+        with open_otherwise() as session:
             own, _ = _climbed_session(session, expected, steps, f", {name}")
             findings += [replace(one, question=f"{one.question}, {name}") for one in own]
     # What no backend on the CPU computes in cannot be taken apart there.
@@ -365,19 +345,20 @@ def _climbed_session(
     session: Session, expected: Expectation, steps: Steps, how: str = ""
 ) -> tuple[list[Finding], dict[str, Any]]:
     """P2 to P5 of an open session, and the evidence."""
+    limits = expected.limits
     with steps.step(f"P2 self-consistency{how}"):
-        findings = asked("P2", lambda: consistency_findings(session))
+        findings = asked("P2", lambda: consistency_findings(session, limits))
     with steps.step(f"P3 routing laws{how}"):
-        findings += asked("P3", lambda: law_findings(session))
+        findings += asked("P3", lambda: law_findings(session, limits))
     with steps.step(f"P4 agreement with the reference{how}"):
         compared: list[Compared] = []
-        findings += asked("P4", lambda: _agreement(session, expected.scenarios, compared))
+        findings += asked("P4", lambda: _agreement(session, expected, compared))
     with steps.step(f"P5 generation{how}"):
         generated = generate_plans(session, expected.plans)
-        findings += [judge_generated(one, noise_of(compared)) for one in generated]
+        findings += [judge_generated(one, noise_of(compared), limits) for one in generated]
     passes: Mapping[str, int] = getattr(session, "passes", {})
     findings += [replace(use_finding(count), graph=name) for name, count in passes.items() if name != CANONICAL.name]
-    return findings, _evidence(session, expected, compared, generated, session.activation_block)
+    return findings, _evidence(session, expected, compared, generated)
 
 
 def _not_dissected(graph: Graph) -> Finding:
@@ -394,7 +375,7 @@ def _dissected(
         file = model_file.parent / graph.file_name
         known = any(one.first or one.broken for one in found)  # one folder is enough
         place = None if known else folder
-        found.append(bisect(file, config, passes, expected.calibration, steps, num_threads, graph, place))
+        found.append(bisect(file, config, passes, expected.limits.conditioning, steps, num_threads, graph, place))
     told = next((one for one in found if one.first or one.broken), found[0])
     return {"drift": dict(found[0].drift), "bisect": told.to_dict()}
 
@@ -402,6 +383,7 @@ def _dissected(
 def reference(
     config: ModelConfig,
     checkpoint: Checkpoint,
+    precision: str,
     device: str = "cpu",
     num_steps: int = NUM_DECODE_STEPS,
     most_rows: int | None = None,
@@ -413,48 +395,85 @@ def reference(
 
     Where weights are quantised it holds what their codes stand for: what is left is not the quantisation's loss, but a fault.
     """
-    size = sum(parameter.numel for parameter in parameters(config))
-    precision = "fp64" if size < LARGEST_FLOAT64_REFERENCE else "fp32"
+    own = reference_precision(config)
     torch.backends.cuda.matmul.allow_tf32 = False
     extras = extras or Extras()
     chosen = [*hostile_scenarios(config, remarkable_ids(config, checkpoint.read)), *brought_scenarios(config, extras.brought)]
     if weights is not None:
-        opened = TorchSession(decoder_of_codes(config, weights, precision, device))
+        opened = TorchSession(decoder_of_codes(config, weights, own, device))
     else:
         # The checkpoint's own head, at the length that was exported: the surgery on the head is examined with the rest.
-        opened = TorchSession.open(checkpoint, precision, device, config.max_seq_len)
+        opened = TorchSession.open(checkpoint, own, device, config.max_seq_len)
     with opened as session:
-        said = ask(session, num_steps, most_rows, chosen)
+        said = ask(session, precision, num_steps, most_rows, chosen)
         if not extras.is_dissected:
             return said
         return replace(said, passes={graph: recorded_passes(session.decoder, graph) for graph in graphs})
 
 
+def reference_precision(config: ModelConfig) -> str:
+    """Return what the reference computes in."""
+    return "fp64" if sum(one.numel for one in parameters(config)) < LARGEST_FLOAT64_REFERENCE else "fp32"
+
+
 def ask(
-    session: Session, num_steps: int = NUM_DECODE_STEPS, most_rows: int | None = None, chosen: Sequence[Scenario] = ()
+    session: TorchSession,
+    precision: str = "fp32",
+    num_steps: int = NUM_DECODE_STEPS,
+    most_rows: int | None = None,
+    chosen: Sequence[Scenario] = (),
 ) -> Expectation:
-    """Everything that P4 and P5 will want to know.
+    """Ask for everything that P2 to P5 will want to know.
 
     Args:
         session: the reference.
+        precision: of what will be compared with it.
         num_steps: decode steps of the usual scenarios.
         most_rows: of a batch; what is examined may take no more.
         chosen: scenarios beside the usual ones.
     """
-    usual = scenarios(session.config, num_steps=num_steps)
-    said_to_usual = _said(session, usual, most_rows)
-    said = [*said_to_usual, *_said(session, chosen, most_rows)]
+    config = session.config
+    said = _said(session, [*scenarios(config, num_steps=num_steps), *chosen], most_rows)
     if (sampled := sampled_scenario(session)) is not None:
         said += _said(session, [sampled], most_rows)
-    calibration = Calibration(session.precision, expected_difference(session.config, session.precision))
-    if session.config.max_seq_len > 2:
-        calibration = calibrate(session, usual[-2], said_to_usual)
-    return Expectation(
-        name=f"{session.backend}, {session.precision}",
-        scenarios=tuple(said),
-        plans=tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(session.config)),
-        calibration=calibration,
-    )
+    going_on = tuple((plan, greedy(session, plan.prompt, plan.modalities)) for plan in plans(config))
+    watched = [*(scenario for scenario, _ in said), *(as_scenario(plan, expected) for plan, expected in going_on)]
+    with in_float32(session) as noisy:
+        limits = measure_limits(session, noisy, precision, watched)
+    return Expectation(f"{session.backend}, {session.precision}", tuple(said), going_on, limits)
+
+
+@contextmanager
+def in_float32(session: TorchSession) -> Iterator[TorchSession]:
+    """The same decoder in float32: itself, or a copy for as long as this is open."""
+    if session.precision == "fp32":
+        yield session
+        return
+    with TorchSession(deepcopy(session.decoder).float()) as copy:
+        yield copy
+
+
+def rounded_reference(
+    config: ModelConfig, weights: QuantizedWeights, blocks: Mapping[str, int], precision: str, expected: Expectation
+) -> Expectation:
+    """What the reference gives where products round their activations to 8 bits, as those of onnxruntime on a CPU.
+
+    Args:
+        config: what the graph computes.
+        weights: what its codes stand for.
+        blocks: by weight, how many activations before it share a scale.
+        precision: that the graph computes in.
+        expected: what the reference gave without that rounding.
+    """
+    dtype = TORCH_DTYPES[DTYPE_OF_PRECISION[reference_precision(config)]]
+    decoder = RoundingDecoder.from_tensors(config, weights.read, dtype)
+    assert isinstance(decoder, RoundingDecoder)
+    decoder.round_before(blocks)
+    asked_for = [scenario for scenario, _ in expected.scenarios]
+    with TorchSession(decoder) as session, in_float32(session) as noisy:
+        said = observe_together(session, asked_for)
+        limits = measure_limits(session, noisy, precision, asked_for, CODE_ERROR, CODE_SAFETY)
+    return Expectation(f"{expected.name}, activations rounded", tuple(zip(asked_for, said, strict=True)), (), limits)
 
 
 def _said(session: Session, asked: Sequence[Scenario], most_rows: int | None) -> list[tuple[Scenario, list[Observation]]]:
@@ -487,11 +506,11 @@ def _first_without_numbers(reference: Session) -> str:
     return ""
 
 
-def _laws_and_answers(session: Session, answers: list[PlainAnswers]) -> list[Finding]:
+def _laws_and_answers(session: Session, limits: RowLimits, answers: list[PlainAnswers]) -> list[Finding]:
     """The laws that a session alone shows; ``answers`` is given what it says, for those that want weights replaced."""
-    found = law_findings(session)
+    found = law_findings(session, limits)
     if len(session.config.modalities) > 1:
-        answers.append(answers_of(session))
+        answers.append(answers_of(session, limits))
     return found
 
 

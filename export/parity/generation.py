@@ -12,6 +12,8 @@ import numpy as np
 
 from motrt.errors import BackendError
 from motrt.export.parity.findings import Finding, Outcome, json_number
+from motrt.export.parity.row_noise import Key, RowLimits
+from motrt.export.parity.scenarios import Scenario
 from motrt.export.parity.tolerances import NEAR_TIE_DEVIATIONS
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.schedule import Progress
@@ -120,9 +122,16 @@ class Generated:
         }
 
 
-def generation_findings(session: Session, references: Sequence[tuple[Plan, Greedy]], noise: float) -> list[Finding]:
+def generation_findings(
+    session: Session, references: Sequence[tuple[Plan, Greedy]], noise: float, limits: RowLimits | None = None
+) -> list[Finding]:
     """Let ``session`` generate each plan, and compare; see ``generate_plans`` and ``judge_generated``."""
-    return [judge_generated(one, noise) for one in generate_plans(session, references)]
+    return [judge_generated(one, noise, limits) for one in generate_plans(session, references)]
+
+
+def as_scenario(plan: Plan, expected: Greedy) -> Scenario:
+    """Return a plan's prompt and what the reference went on with as a known sequence."""
+    return Scenario(plan.name, (np.array([*plan.prompt, *expected.tokens], np.int64),), (len(plan.prompt),))
 
 
 def generate_plans(session: Session, references: Sequence[tuple[Plan, Greedy]]) -> list[Generated]:
@@ -150,12 +159,13 @@ def _generated(session: Session, plan: Plan, expected: Greedy) -> Generated:
     return Generated(plan, expected, tuple(came))
 
 
-def judge_generated(generated: Generated, noise: float) -> Finding:
+def judge_generated(generated: Generated, noise: float, limits: RowLimits | None = None) -> Finding:
     """PASS where every token agrees; else the first that differs decides.
 
     Args:
         generated: what came and what was expected.
         noise: the measured error of a logit, as a standard deviation.
+        limits: what rounding alone does at each position; None: nobody measured it.
     """
     expected, came, matched = generated.expected, generated.came, generated.matched
     question = f"greedy tokens agree {generated.plan.name}"
@@ -168,6 +178,13 @@ def judge_generated(generated: Generated, noise: float) -> Finding:
         detail = f"{len(came)} tokens came where {len(expected.tokens)} were asked for"
         return Finding(RUNG, question, Outcome.FAIL, detail, figures)
     margin = expected.margins[matched]
+    if limits is not None:
+        key = Key(
+            as_scenario(generated.plan, expected).rows[0][: len(generated.plan.prompt) + matched].tobytes(),
+            0,
+            generated.plan.modalities[matched],
+        )
+        noise = max(noise, limits.noise_of(key) * expected.rms[matched])
     detail = f"differs from token {matched} on: {expected.tokens[matched]} expected with a margin of {margin:.3g}"
     outcome = Outcome.AMBIGUOUS if margin <= near_tie_margin(noise) else Outcome.FAIL
     return Finding(RUNG, question, outcome, detail, {**figures, "margin": margin})

@@ -12,8 +12,8 @@ import numpy as np
 
 from motrt.export.parity.findings import Finding, Outcome, judged
 from motrt.export.parity.metrics import compare_rows
+from motrt.export.parity.row_noise import RowLimits
 from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
-from motrt.export.parity.tolerances import limit_of
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.parameters import Parameter, parameters
 from motrt.runtime.session import Logits, Session
@@ -36,12 +36,17 @@ class Replacement(Protocol):
         """The value of ``pairs[name]`` for every ``name``."""
 
 
-def law_findings(session: Session) -> list[Finding]:
-    """The laws that need nothing but the session: causality, and ranges."""
-    return [_causality(session), _ranges(session)]
+def law_findings(session: Session, limits: RowLimits | None = None) -> list[Finding]:
+    """Ask the laws that need nothing but the session: causality, and ranges.
+
+    Args:
+        session: what answers.
+        limits: of the relative L2 error; None: what the formula says of a session that nobody measured.
+    """
+    return [_causality(session, limits or RowLimits.of_formula(session)), _ranges(session)]
 
 
-def _causality(session: Session) -> Finding:
+def _causality(session: Session, limits: RowLimits) -> Finding:
     """Two sequences with the same beginning: nothing before the difference may differ, its very neighbour included."""
     config, question = session.config, "a later token changes no earlier logit"
     row = scenarios(config, seed=7)[-2].rows[0][: min(NUM_POSITIONS, config.max_seq_len)]
@@ -51,7 +56,7 @@ def _causality(session: Session) -> Finding:
     # Half a vocabulary further: other ids, and of other modalities too, so that routing of later positions changes.
     other = row.copy()
     other[changed_at:] = (row[changed_at:] + max(1, config.vocab_size // 2)) % config.vocab_size
-    ids, limit = config.id_ranges[0], limit_of(session)
+    ids, limit = config.id_ranges[0], limits.worst
     before, after = (_all_predicting(session, one, modality_of_ids(one, config), 0) for one in (row, other))
     worst = max(
         compare_rows(before[at, ids.start : ids.stop], after[at, ids.start : ids.stop]).relative_l2 for at in range(changed_at)
@@ -176,11 +181,13 @@ class PlainAnswers:
     runs: Logits
 
 
-def answers_of(session: Session) -> PlainAnswers:
-    """Ask a session all of it."""
+def answers_of(session: Session, limits: RowLimits | None = None) -> PlainAnswers:
+    """Ask a session all of it; ``limits`` as for ``law_findings``."""
     config = session.config
     alone = tuple(observe(session, _alone(config, modality)) for modality in range(len(config.modalities)))
-    return PlainAnswers(config, limit_of(session), alone, _all_predicting(session, *_runs(config), 0))
+    return PlainAnswers(
+        config, (limits or RowLimits.of_formula(session)).worst, alone, _all_predicting(session, *_runs(config), 0)
+    )
 
 
 def _swapped_names(config: ModelConfig, first: str, second: str) -> dict[str, str] | None:

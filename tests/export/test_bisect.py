@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from motrt.export.parity.bisect import Bisection, bisect, recorded_passes, row_errors
-from motrt.export.parity.calibration import Calibration, expected_difference
 from motrt.export.parity.part_values import LOGITS, first_without_numbers, parts, record
 from motrt.export.parity.quantization_loss import decoder_of_codes
 from motrt.export.steps import Steps
@@ -35,8 +34,7 @@ from motrt.tests.export.models import (
 
 
 def asked(bundle: Bundle, decoder: Decoder, model_file: Path | None = None, folder: Path | None = None) -> Bisection:
-    calibration = Calibration("fp64", expected_difference(bundle.config, "fp64"))
-    return bisect(model_file or bundle.model_path, bundle.config, recorded_passes(decoder), calibration, Steps(), folder=folder)
+    return bisect(model_file or bundle.model_path, bundle.config, recorded_passes(decoder), 1.0, Steps(), folder=folder)
 
 
 def reference(bundle: Bundle, checkpoint: Path) -> Decoder:

@@ -12,10 +12,10 @@ from motrt.export.parity.agreement import Compared, agreement_findings
 from motrt.export.parity.findings import Finding, Outcome, Report
 from motrt.export.parity.metrics import compare_rows, summary
 from motrt.export.parity.scenarios import Observation
-from motrt.export.parity.tolerances import relative_l2_limit
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.initialize import random_tensors
+from motrt.runtime.tolerances import relative_l2_limit
 from motrt.runtime.torch_session import TorchSession
 
 rows = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30).map(np.array)
@@ -51,14 +51,19 @@ def test_the_measures_of_a_known_pair() -> None:
     assert found.kl == pytest.approx(float((p * np.log(p / q)).sum()))
 
 
+def compared_rows(at: int, expected: np.ndarray, actual: np.ndarray, limit: float, noise: float = 0.0) -> Compared:
+    rms = float(np.sqrt(np.mean(expected**2)))
+    observation = Observation(0, at, 0, "prefill", actual, 0)
+    return Compared("s", observation, compare_rows(expected, actual), rms, noise, limit)
+
+
 def judged(expected: list[float], came: list[float], others: float = 0.0) -> Finding:
     """One row's finding, in a model whose other row had an error of ``others``."""
     config = ModelConfig.tiny()
     session = TorchSession(Decoder.from_tensors(config, dict(random_tensors(config, 0)).__getitem__))
     made = [(np.array(expected), np.array(came)), (np.array([1.0, 0.0]), np.array([1.0, others]))]
-    compared = [
-        Compared("s", Observation(0, at, 0, "prefill", two, 0), compare_rows(one, two)) for at, (one, two) in enumerate(made)
-    ]
+    limit = relative_l2_limit(config, "fp32")
+    compared = [compared_rows(at, one, two, limit) for at, (one, two) in enumerate(made)]
     (finding,) = agreement_findings(session, compared)
     return finding
 
@@ -78,7 +83,9 @@ def test_an_id_outside_the_range_that_is_not_minus_infinity_fails() -> None:
     config = ModelConfig.tiny()
     session = TorchSession(Decoder.from_tensors(config, dict(random_tensors(config, 0)).__getitem__))
     row = np.array([1.0, 2.0])
-    (finding,) = agreement_findings(session, [Compared("s", Observation(0, 0, 0, "prefill", row, 3), compare_rows(row, row))])
+    (finding,) = agreement_findings(
+        session, [Compared("s", Observation(0, 0, 0, "prefill", row, 3), compare_rows(row, row), 1.0, 0.0, 1e-6)]
+    )
     assert finding.outcome is Outcome.FAIL and "3 ids outside the range" in finding.detail
 
 

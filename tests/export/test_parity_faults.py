@@ -224,7 +224,7 @@ def test_a_model_of_few_positions_can_be_climbed(length: int, config: ModelConfi
     short = config.replace(max_seq_len=length, num_layers=1)
     session = torch_session(write_random(tmp_path / "model", short, 0))
     said = ask(session)
-    compared = compare(session, said.scenarios)
+    compared = compare(session, said.scenarios, said.limits)
     findings = [*consistency_findings(session), *law_findings(session), *agreement_findings(session, compared)]
     findings += generation_findings(session, said.plans, 0.0)
     assert compared and not failed(findings)
@@ -516,7 +516,7 @@ def test_p4_sees(name: str, expected: Expected, make_bundle: MakeBundle, tmp_pat
     model = load_whole(make_bundle(config))
     plant(model)
     with OnnxSession(save_whole(model, tmp_path), config) as session:
-        findings = agreement_findings(session, compare(session, expected(config).scenarios))
+        findings = agreement_findings(session, compare(session, expected(config).scenarios, expected(config).limits))
     assert failed(findings)
 
 
@@ -526,7 +526,7 @@ def test_p4_and_p5_have_nothing_to_say_of_a_good_graph(
 ) -> None:
     """Written through the same two functions as the faults: these alone do no harm."""
     with OnnxSession(save_whole(load_whole(make_bundle(config)), tmp_path), config) as session:
-        assert passed(agreement_findings(session, compare(session, expected(config).scenarios)))
+        assert passed(agreement_findings(session, compare(session, expected(config).scenarios, expected(config).limits)))
         assert passed(generation_findings(session, expected(config).plans, 1e-6))
 
 
@@ -534,7 +534,7 @@ def test_p4_names_scenario_row_and_position(expected: Expected, make_bundle: Mak
     model = load_whole(make_bundle(TINY))
     change_weight("output.audio.weight", roll_rows)(model)
     with OnnxSession(save_whole(model, tmp_path), TINY) as session:
-        findings = agreement_findings(session, compare(session, expected(TINY).scenarios))
+        findings = agreement_findings(session, compare(session, expected(TINY).scenarios, expected(TINY).limits))
     assert failed(findings) == {one.question for one in findings if one.question.startswith("audio")}
     assert all("row" in one.detail and "position" in one.detail for one in findings if one.outcome is Outcome.FAIL)
 
@@ -546,7 +546,7 @@ def test_p4_fails_where_the_reference_itself_is_not_a_number(expected: Expected,
         for scenario, said in expected(TINY).scenarios
     ]
     with OnnxSession(tiny_bundle / "model.onnx", TINY) as session:
-        assert failed(agreement_findings(session, compare(session, spoilt)))
+        assert failed(agreement_findings(session, compare(session, spoilt, expected(TINY).limits)))
 
 
 # P5: tokens.

@@ -39,7 +39,7 @@ def a_report(is_right: bool = True) -> Report:
     chance = Random(0)
     positions = _positions(chance, is_right)
     return {
-        "schema": "motrt.parity/1",
+        "schema": "motrt.parity/2",
         "verdict": "PASS" if is_right else "FAIL",
         "bundle": "bundles/small-fp32",
         "backend": "onnxruntime 1.25.0, CPU, fp32",

@@ -92,7 +92,7 @@ def opened(bundle: Path, **options: Any) -> OnTheHost:
 def test_the_whole_ladder_holds(records_steps: bool, bundle: Path, tiny_checkpoint: Path) -> None:
     expected = ask(torch_session(tiny_checkpoint, "fp64"))
     with opened(bundle, records_steps=records_steps) as session:
-        compared = compare(session, expected.scenarios)
+        compared = compare(session, expected.scenarios, expected.limits)
         findings = [
             *consistency_findings(session),
             *law_findings(session),

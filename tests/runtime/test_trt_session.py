@@ -61,7 +61,7 @@ def opened(bundle: Bundle, device: HostDevice | None = None, gpu: Gpu = L40) -> 
 def test_the_whole_ladder_holds_for_engines(bundle: Bundle, tiny_checkpoint: Path) -> None:
     expected = ask(torch_session(tiny_checkpoint, "fp64"))
     with opened(bundle) as session:
-        compared = compare(session, expected.scenarios)
+        compared = compare(session, expected.scenarios, expected.limits)
         findings = [
             *consistency_findings(session),
             *law_findings(session),
