@@ -186,7 +186,7 @@ def convert_gguf(
     extra = open_adapter(Path(adapter)) if adapter is not None else None
     assembly = _Parts(found.base, music, extra, seed).assembly(head)
     accounting = replace(assembly.accounting, rows=(*found.rows, *assembly.accounting.rows))
-    return replace(assembly, accounting=accounting, texts={} if found.tokenizer is None else found.tokenizer.texts)
+    return replace(assembly, accounting=accounting, texts=found.tokenizer)
 
 
 def convert_native(path: str | Path, head: HeadKind | None = None, dtype: str | None = None) -> Assembly:

@@ -23,7 +23,7 @@ from motrt.model_def.checkpoint.accounting import KeyRow
 from motrt.model_def.checkpoint.fields import field_problems, shown, unknown_fields
 from motrt.model_def.checkpoint.gguf_file import PLAIN, GgufFile, open_gguf_file
 from motrt.model_def.checkpoint.gguf_tokenizer import PREFIX as TOKENIZER
-from motrt.model_def.checkpoint.gguf_tokenizer import TokenizerFiles, tokenizer_of
+from motrt.model_def.checkpoint.gguf_tokenizer import tokenizer_of
 from motrt.model_def.checkpoint.llama import LlamaBase
 from motrt.model_def.checkpoint.name_table import NameTable
 from motrt.model_def.checkpoint.raw_state import RawState, RawTensor
@@ -100,12 +100,12 @@ class GgufModel:
     Attributes:
         base: what it is, and its weights.
         rows: what became of every key of the header.
-        tokenizer: the files that its tokenizer becomes; None where it is none that can be written exactly.
+        tokenizer: the files that its tokenizer becomes, by name; none where it can not be written exactly.
     """
 
     base: LlamaBase
     rows: tuple[KeyRow, ...]
-    tokenizer: TokenizerFiles | None
+    tokenizer: Mapping[str, str]
 
 
 def open_gguf(path: Path, choices: RopeChoices | None = None) -> GgufModel:
@@ -128,7 +128,7 @@ def open_gguf(path: Path, choices: RopeChoices | None = None) -> GgufModel:
     sizes.refuse_contradictions({name: shape for name, shape in named if name is not None}, raw.source)
     tokenizer, why = tokenizer_of(file.metadata, path.name)
     base = LlamaBase(sizes, raw, TABLE, None, (why,))
-    return GgufModel(base, _rows(file, tokenizer is not None), tokenizer)
+    return GgufModel(base, _rows(file, bool(tokenizer)), tokenizer)
 
 
 def _as_one(key: str, value: Any) -> Any:

@@ -64,19 +64,8 @@ _KNOWN = {
 }
 
 
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """What is laid beside the weights.
-
-    Attributes:
-        texts: name of the file -> its text.
-    """
-
-    texts: Mapping[str, str]
-
-
-def tokenizer_of(metadata: Mapping[str, Any], source: str) -> tuple[TokenizerFiles | None, str]:
-    """Return the files of a header's tokenizer, or None, and the sentence that the report says of it.
+def tokenizer_of(metadata: Mapping[str, Any], source: str) -> tuple[Mapping[str, str], str]:
+    """Return the files that a header's tokenizer becomes, by name, none where there is none, and what the report says of it.
 
     Args:
         metadata: the header's values by key.
@@ -85,19 +74,17 @@ def tokenizer_of(metadata: Mapping[str, Any], source: str) -> tuple[TokenizerFil
     values = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     problem = _problem(values)
     if problem is not None:
-        return None, (
+        return {}, (
             f"no tokenizer goes along: {source} {problem}. Put the tokenizer.json of the same model into the folder (its "
             "Hugging Face folder has one) to prompt with text"
         )
     written = json.dumps(_tokenizer(values), ensure_ascii=False)
     if (problem := _unreadable(written)) is not None:
-        return None, f"no tokenizer goes along: what {source} holds is none that `tokenizers` reads ({problem})"
+        return {}, f"no tokenizer goes along: what {source} holds is none that `tokenizers` reads ({problem})"
     config = json.dumps(_config(values), indent=2, ensure_ascii=False) + "\n"
-    special = len(_added(values))
-    note = (
-        f"tokenizer: byte-level BPE, pre {values['ggml.pre']!r}, {len(values['ggml.tokens'])} tokens, {special} of them special"
-    )
-    return TokenizerFiles({"tokenizer.json": written, "tokenizer_config.json": config}), note
+    count, added = len(values["ggml.tokens"]), len(_added(values))
+    note = f"tokenizer: byte-level BPE, pre {values['ggml.pre']!r}, {count} tokens, {added} of which are never cut"
+    return {"tokenizer.json": written, "tokenizer_config.json": config}, note
 
 
 def _problem(values: Mapping[str, Any]) -> str | None:
