@@ -36,7 +36,7 @@ from motrt.export.parity.routing_laws import law_findings
 from motrt.export.verification import subject_of
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
-from motrt.runtime.bundle import open_bundle
+from motrt.runtime.bundle import open_bundle, sha256_of
 from motrt.runtime.load import source_of
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
@@ -98,8 +98,7 @@ def digest(bundle: Path) -> str:
     for node in nodes:
         found.update(node)
     for file in sorted(bundle.glob("*.data")) or sorted(bundle.glob("*.bin")):
-        with file.open("rb") as stream:
-            found.update(hashlib.file_digest(stream, "sha256").digest())
+        found.update(sha256_of(file).encode())
     return found.hexdigest()
 
 

@@ -144,6 +144,8 @@ def export_bundle(
     checkpoint = open_checkpoint(checkpoint_path)
     options = _engine_options(target, engine_options)
     _refuse_operators(operators, target)
+    if max_loss is not None and precision not in QUANTIZED:
+        raise InputError(f"--precision {precision} quantises nothing, and takes no --max-loss")
     config, read = _as_exported(checkpoint, max_seq_len, precision in QUANTIZED)
     precision, quantization = _stored_as(precision, quantize_options, config, target)
     if options is not None:

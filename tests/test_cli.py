@@ -153,10 +153,21 @@ def test_export_and_verify_say_the_same_of_a_bundle(proven: Path) -> None:
     assert [one["question"] for one in told["findings"]] == [one["question"] for one in manifest.parity["findings"]]
 
 
-@pytest.mark.parametrize(("verdict", "code"), [(Outcome.PASS, 0), (Outcome.FAIL, 1), (Outcome.AMBIGUOUS, 3)])
+@pytest.mark.parametrize(
+    ("verdict", "loss", "code"),
+    [
+        (Outcome.PASS, None, 0),
+        (Outcome.FAIL, None, 1),
+        (Outcome.AMBIGUOUS, None, 3),
+        (Outcome.PASS, "within", 0),
+        (Outcome.PASS, "over", 4),
+        (Outcome.AMBIGUOUS, "over", 4),
+        (Outcome.FAIL, "over", 1),
+    ],
+)
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_verifys_exit_code_is_its_verdict(
-    verdict: Outcome, code: int, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    verdict: Outcome, loss: str | None, code: int, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Judged:
         def to_page(self) -> dict[str, Any]:
@@ -169,7 +180,7 @@ def test_verifys_exit_code_is_its_verdict(
                 "figures": {},
             }
             told = {"verdict": verdict.value, "seconds": 1.0, "backend": "b", "reference": "r", "findings": [finding]}
-            return {**told, "notes": ["onnxruntime is another"]}
+            return {**told, "loss": loss, "notes": ["onnxruntime is another"]}
 
     monkeypatch.setattr(verification, "verify_bundle", lambda *arguments: Judged())
     result = run("verify", "anything", *options)
@@ -177,12 +188,29 @@ def test_verifys_exit_code_is_its_verdict(
     assert verdict.value in result.stdout
 
 
+def test_a_format_that_loses_too_much_is_exit_code_4_and_leaves_nothing(proven: Path, tmp_path: Path) -> None:
+    said = run("export", proven / "model", tmp_path / "b", "--precision", "int4", "--max-loss", "1e-6")
+    assert said.exit_code == 4 and not (tmp_path / "b").exists()
+    for words in ("is the model, in a format that loses more of it than --max-loss", "quantized alone loses", "--part"):
+        assert words in said.stderr
+    assert run("export", proven / "model", tmp_path / "b", "--precision", "int4", "--no-verify").exit_code == 0
+    assert run("export", proven / "model", tmp_path / "c", "--max-loss", "1").exit_code == 2
+    told = run("verify", tmp_path / "b", "--max-loss", "1e-6")
+    assert told.exit_code == 4 and "over its budget" in told.stdout
+    assert run("verify", tmp_path / "b", "--max-loss", "5").exit_code in (0, 3)
+
+
 def test_verify_explains_its_limits_names_the_parts_and_writes_a_report(proven: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("[1, 2, 3]", encoding="utf-8")
     wanted = ("--bisect", "--explain", "--data", tmp_path / "mine.jsonl", "--report", tmp_path / "report")
     said = run("verify", proven / "bundle", *wanted)
     assert said.exit_code == 0
-    for word in ("unit roundoff of fp32", "calibration: ", "every part of the graph is within its budget", "report.html"):
+    for word in (
+        "unit roundoff of fp32",
+        "each row is held against its own figure",
+        "every part of the graph is within its budget",
+        "report.html",
+    ):
         assert word in said.stdout
     told = run_json("verify", proven / "bundle", "--bisect", "--explain")
     assert told["bisect"]["first"] is None
@@ -294,6 +322,8 @@ def test_a_stop_id_ends_a_generation(proven: Path) -> None:
         (("export", "a", "b", "--precision", "int3"), "'int3' is not one of"),
         (("export", "a", "b", "--max-seq-len", "0"), "--max-seq-len"),
         (("verify", "b", "--backend", "abacus"), "'abacus' is not one of"),
+        (("verify", "b", "--max-loss", "0"), "--max-loss"),
+        (("export", "a", "b", "--precision", "int4", "--max-loss", "much"), "--max-loss"),
         (("inspect",), "give a PATH, or --backends"),
         (("fly",), "No such command 'fly'"),
     ],
