@@ -7,8 +7,9 @@ What the model had is kept bit for bit. What is new starts so that training can 
 - the expert is drawn at random, well scaled, except its last product (``up_proj``, or ``w2``), which is zero: the new expert
   adds nothing until it is trained, as in LoRA (Hu et al. 2021), and nothing in front of it has to be unlearnt;
 - the new rows of the head are zero: each new id is as likely as any other, and the loss is the logarithm of their number;
-- the new rows of the embedding are drawn with the mean and the deviation that each column of the table has, so that they lie
-  among the rows that the layers know. ``zero`` leaves them zero: then every new id is the same input until they are trained.
+- the new rows of the embedding are copies of rows that are there, chosen at random, none twice while there are enough: the
+  layers can tell such inputs apart, whatever else they mean. ``random`` draws them with the mean and the deviation of each
+  column instead; ``zero`` leaves them zero: then every new id is the same input until they are trained.
 
 Nothing is read until it is asked for. This file knows no file format and no module: a model is a configuration and a function
 from names to tensors, as in ``head_surgery``.
@@ -24,11 +25,11 @@ from motrt.model_def.head_surgery import Read
 from motrt.model_def.initialize import random_tensor, tensor_generator
 from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, Parameter, parameters, split_head
 
-Rows = Literal["random", "zero"]
+Rows = Literal["copied", "random", "zero"]
 
 
 def with_modality(
-    config: ModelConfig, read: Read, modality: Modality, embedding: Rows = "random", seed: int = 0
+    config: ModelConfig, read: Read, modality: Modality, embedding: Rows = "copied", seed: int = 0
 ) -> tuple[ModelConfig, Read]:
     """Return the same model with ``modality`` behind those that it has.
 
@@ -39,14 +40,14 @@ def with_modality(
         config: the model as it is.
         read: its weights.
         modality: what it is to learn.
-        embedding: how the new rows of the embedding start, ``random`` or ``zero``.
+        embedding: how the new rows of the embedding start.
         seed: of what is drawn.
 
     Returns:
         The configuration with that modality, and its weights.
 
     Raises:
-        ConfigError: when the model has a modality of that name, or ``embedding`` is neither.
+        ConfigError: when the model has a modality of that name, or ``embedding`` is none of ``Rows``.
     """
     if embedding not in get_args(Rows):
         raise ConfigError(f"embedding must be one of {', '.join(get_args(Rows))} ({embedding!r} came)")
@@ -56,8 +57,7 @@ def with_modality(
     def read_grown(name: str) -> torch.Tensor:
         if name == EMBEDDING:
             known = read(EMBEDDING)
-            rows = torch.zeros(modality.vocab_size, config.model_width, dtype=known.dtype)
-            return torch.cat([known, _among(known, len(rows), seed) if embedding == "random" else rows])
+            return torch.cat([known, _new_rows(known, modality.vocab_size, embedding, seed)])
         if name == SHARED_HEAD:
             known = read(SHARED_HEAD)
             return torch.cat([known, torch.zeros(modality.vocab_size, config.model_width, dtype=known.dtype)])
@@ -80,8 +80,13 @@ def _new_weight(grown: ModelConfig, read: Read, parameter: Parameter, modality: 
     return random_tensor(grown, parameter, seed)
 
 
-def _among(known: torch.Tensor, num_rows: int, seed: int) -> torch.Tensor:
-    """Draw rows with each column's mean and deviation. Shapes: known [rows, m] -> [num_rows, m]."""
+def _new_rows(known: torch.Tensor, count: int, start: Rows, seed: int) -> torch.Tensor:
+    """First values of an embedding's new rows. Shapes: known [rows, m] -> [count, m]."""
+    generator = tensor_generator(seed, EMBEDDING)
+    if start == "copied":
+        orders = [torch.randperm(len(known), generator=generator) for _ in range(-(-count // len(known)))]
+        return known[torch.cat(orders)[:count]]
+    if start == "zero":
+        return torch.zeros(count, known.shape[1], dtype=known.dtype)
     deviation, mean = torch.std_mean(known.float(), dim=0)
-    drawn = torch.randn(num_rows, known.shape[1], generator=tensor_generator(seed, EMBEDDING))
-    return drawn.mul_(deviation).add_(mean).to(known.dtype)
+    return torch.randn(count, known.shape[1], generator=generator).mul_(deviation).add_(mean).to(known.dtype)

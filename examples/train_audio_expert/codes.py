@@ -64,7 +64,7 @@ def frames_of(samples: Samples) -> Frames:
     starts = np.arange(count)[:, None] * HOP + np.arange(WINDOW)
     spectrum = np.fft.rfft(padded[starts] * np.hanning(WINDOW), axis=1)  # [frames, WINDOW / 2 + 1]
     energy = (np.abs(spectrum) ** 2) @ _filters().T
-    return np.log(energy + QUIETEST).astype(np.float32)
+    return np.asarray(np.log(energy + QUIETEST), dtype=np.float32)
 
 
 def fit(frames: Frames, size: int, seed: int = 0, rounds: int = 12) -> Quantizer:
@@ -97,7 +97,7 @@ def _k_means(points: Frames, size: int, chance: np.random.Generator, rounds: int
 def _nearest(points: Frames, centres: Frames) -> NDArray[np.int64]:
     """The centre that lies nearest to each point. Shapes: [points, BANDS], [centres, BANDS] -> [points]."""
     away = (centres**2).sum(axis=1) - 2 * points @ centres.T  # the points' own squares are the same for every centre
-    return np.argmin(away, axis=1)
+    return np.asarray(np.argmin(away, axis=1), dtype=np.int64)
 
 
 def _filters() -> NDArray[np.float64]:

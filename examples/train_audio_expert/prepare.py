@@ -3,8 +3,8 @@
     python examples/train_audio_expert/prepare.py DATA.npz
     python examples/train_audio_expert/prepare.py DATA.npz --wav FOLDER
 
-A folder holds 16 kHz, 16-bit WAV files; what is said of each stands in a .txt of the same name beside it, or is the name itself.
-Sound is cut into clips of 1.2 seconds; what is left over at a file's end is dropped. The last tenth of the clips is held out.
+A folder holds 16 kHz, 16-bit WAV files; what is said of each stands in a .txt of the same name beside it, or is its name. Sound
+is cut into clips of 1.2 seconds; what is left over at a file's end is dropped. The last tenth of the clips is held out.
 """
 
 import json
@@ -16,12 +16,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from motrt.errors import InputError, MotrtError
+from motrt.errors import InputError, MotrtError, raise_all
 from motrt.examples.train_audio_expert.codes import BOOKS, Codes, Frames, Quantizer, fit, frames_of
 from motrt.examples.train_audio_expert.melodies import CLIP_SECONDS, SAMPLE_RATE, Clip, melody
 
 CLIP_SAMPLES = round(CLIP_SECONDS * SAMPLE_RATE)
 MOST_FITTED = 20_000  # frames that the quantiser is fitted to
+CODES_IN_USE = 256  # of the model's 2048: so few are learnt within minutes, and melodies are told apart all the same
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def prepared(clips: list[Clip], num_codes: int, seed: int = 0) -> Sound:
 
     Args:
         clips: all of ``CLIP_SAMPLES``.
-        num_codes: ids that the audio modality has; each codebook gets its share.
+        num_codes: how many codes there are; each codebook gets its share. The model may have ids for more.
         seed: of the quantiser.
 
     Raises:
@@ -93,17 +94,20 @@ def recordings(folder: Path) -> list[Clip]:
     Raises:
         InputError: naming every file that is not 16 kHz and 16 bits, or when there is none.
     """
-    files, problems, clips = sorted(folder.glob("*.wav")), [], []
-    for file in files:
-        try:
-            clips += list(_cut(file))
-        except (OSError, EOFError, wave.Error, ValueError) as failure:
-            problems.append(f"{file.name}: {failure}")
-    if problems:
-        raise InputError(f"{folder} holds files that can not be read:\n  - " + "\n  - ".join(problems))
+    files = sorted(folder.glob("*.wav"))
+    found = [_clips_or_problem(file) for file in files]
+    raise_all(InputError, f"{folder} holds files that can not be read:", [problem for _, problem in found if problem])
+    clips = [clip for those, _ in found for clip in those]
     if not clips:
         raise InputError(f"{folder} holds no WAV file of {CLIP_SECONDS} seconds or more ({len(files)} WAV files were found)")
     return clips
+
+
+def _clips_or_problem(file: Path) -> tuple[list[Clip], str]:
+    try:
+        return list(_cut(file)), ""
+    except (OSError, EOFError, wave.Error, ValueError) as failure:
+        return [], f"{file.name}: {failure}"
 
 
 def _cut(file: Path) -> Iterator[Clip]:
@@ -123,7 +127,9 @@ def _cut(file: Path) -> Iterator[Clip]:
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--wav", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of WAV files.")
 @click.option("--clips", type=click.IntRange(2), default=800, show_default=True, help="Melodies to make, without --wav.")
-@click.option("--codes", "num_codes", type=click.IntRange(BOOKS), default=2048, show_default=True, help="Audio ids in all.")
+@click.option(
+    "--codes", "num_codes", type=click.IntRange(BOOKS), default=CODES_IN_USE, show_default=True, help="Of all books together."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def main(out: Path, wav: Path | None, clips: int, num_codes: int, seed: int) -> None:
     """Make OUT, a .npz of sentences and codes."""

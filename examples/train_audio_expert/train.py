@@ -2,8 +2,8 @@
 
     python examples/train_audio_expert/train.py TRUNK OUT --policy adapters+audio-head --minutes 5
 
-TRUNK is a native checkpoint of text alone (`motrt convert TRUNK --llama FOLDER`), or one that has an audio expert already, which
-is then trained further. Every row of a batch is a sentence and the codes of the sound that it describes, so that the change from
+TRUNK is a native checkpoint of text alone (`motrt convert TRUNK --llama FOLDER`), or one with an audio expert already, which is
+then trained further. Every row of a batch is a sentence and the codes of the sound that it describes, so that the change from
 text to audio is trained as well. What may change is the policy's affair (``motrt.model_def.trainable``).
 """
 
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from motrt.errors import ConfigError, InputError, MotrtError
 from motrt.examples.train_audio_expert.codes import BOOKS, FRAMES_PER_SECOND
-from motrt.examples.train_audio_expert.prepare import Sound, melodies, prepared
+from motrt.examples.train_audio_expert.prepare import CODES_IN_USE, Sound, melodies, prepared
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint, write_checkpoint
 from motrt.model_def.config import AdapterExpert, HeadKind, Modality, ModelConfig
 from motrt.model_def.decoder import Decoder, state_of
 from motrt.model_def.expansion import Rows, with_modality
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.heads import SplitHead
+from motrt.model_def.health import diagnose
 from motrt.model_def.routing import Gathered
 from motrt.model_def.trainable import POLICIES, Policy, apply_policy, can_learn, count
 from motrt.runtime.tokenizer import encode_text, read_tokenizer
@@ -39,8 +40,8 @@ MOST_PROMPT = 32  # ids of a sentence; the rest is cut off
 
 # Held out: what the model says of ordinary text must not change while it learns to make sound.
 TEXT = """The river runs through the old town, past the mill and under two stone bridges, before it reaches the sea. In spring
-the water is high and brown, and children stand on the bank to watch branches and barrels go by. By the end of summer there is so
-little of it left that one can walk across. Most of the houses near the harbour were built by fishermen, and many of them are
+the water is high and brown, and children stand on the bank to watch branches and barrels go by. By the end of summer there is
+so little of it left that one can walk across. Most of the houses near the harbour were built by fishermen, and many of them are
 still painted in the colours of the boats that once belonged to their owners."""
 
 
@@ -66,11 +67,11 @@ class Options:
     policy: Policy
     minutes: float = 5.0
     steps: int | None = None
-    batch: int = 2
-    rate: float = 2e-3
+    batch: int = 1
+    rate: float = 7e-4
     width: int = 128
     hidden: int = 512
-    embedding: Rows = "random"
+    embedding: Rows = "copied"
     head: HeadKind = "split"
     seed: int = 0
     eval_clips: int = 4
@@ -102,7 +103,9 @@ class Result:
         steps: how many were made.
         seconds: that they took, without the looks at what was held out.
         trained: how many elements the policy may change.
+        audio_ids: how many codes the model knows.
         text_unchanged: whether every logit of the held-out text is the same bit for bit.
+        untrained: the rows for which `motrt export` refuses the model, in words; none in a model that it takes.
     """
 
     before: Losses
@@ -110,7 +113,9 @@ class Result:
     steps: int
     seconds: float
     trained: int
+    audio_ids: int
     text_unchanged: bool
+    untrained: tuple[str, ...]
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -121,9 +126,10 @@ def with_audio(checkpoint: Checkpoint, options: Options) -> tuple[ModelConfig, R
     """Return the model with an audio expert: its own where it has one, otherwise a new one.
 
     Raises:
-        ConfigError: when there is no text to begin with, or the expert is not one that the policies train.
+        ConfigError: when the model's first modality is audio.
     """
-    config, read = checkpoint.config, checkpoint.read
+    config: ModelConfig = checkpoint.config
+    read: Read = checkpoint.read
     if AUDIO in config.modality_names:
         if config.modality_names.index(AUDIO) == 0:
             raise ConfigError(f"{checkpoint.path} begins with audio: a model whose first modality is text was expected")
@@ -191,7 +197,7 @@ def token_losses(decoder: Decoder, ids: Tensor, num_text: int) -> Tensor:
     """
     b, s = ids.shape
     owned = decoder.config.id_ranges
-    audio = decoder.config.modality_index(AUDIO) if AUDIO in decoder.config.modality_names else 0
+    audio = decoder.config.modality_index(AUDIO)
     mask = torch.zeros_like(ids)
     mask[:, num_text:] = audio
     experts = Gathered.by(mask.flatten(), len(owned))
@@ -237,7 +243,7 @@ def text_logits(decoder: Decoder, text: Tensor) -> Tensor:
     s = text.shape[1]
     nothing = torch.zeros(s, dtype=torch.int64)
     logits, _ = decoder(text, nothing[None], nothing[:1], torch.arange(s), nothing, decoder.new_cache(1, s))
-    return logits
+    return torch.as_tensor(logits)
 
 
 def batches(rows: list[Row], size: int, seed: int) -> Iterator[tuple[Tensor, int]]:
@@ -281,7 +287,10 @@ def train(decoder: Decoder, rows: list[Row], num_held_out: int, text: Tensor, op
     """
     apply_policy(decoder, decoder.config, options.policy)
     held_out = rows[len(rows) - num_held_out :][: options.eval_clips]
-    optimizer, drawn = optimizer_of(decoder, options.rate), batches(rows[: len(rows) - num_held_out], options.batch, options.seed)
+    optimizer, drawn = (
+        optimizer_of(decoder, options.rate),
+        batches(rows[: len(rows) - num_held_out], options.batch, options.seed),
+    )
     logits, before = text_logits(decoder, text), held_out_losses(decoder, held_out, text)
     report({"step": 0, "seconds": 0.0, "held_out": asdict(before)})
     step, seconds, share = 0, 0.0, 0.0
@@ -304,42 +313,70 @@ def train(decoder: Decoder, rows: list[Row], num_held_out: int, text: Tensor, op
         report(line)
     after = held_out_losses(decoder, held_out, text)
     report({"step": step, "seconds": round(seconds, 2), "share": 1.0, "held_out": asdict(after)})
-    unchanged = torch.equal(logits, text_logits(decoder, text))
-    return Result(before, after, step, round(seconds, 1), count(decoder.config, options.policy), unchanged)
+    config = decoder.config
+    return Result(
+        before,
+        after,
+        step,
+        round(seconds, 1),
+        count(config, options.policy),
+        config.modalities[config.modality_index(AUDIO)].vocab_size,
+        torch.equal(logits, text_logits(decoder, text)),
+        tuple(map(str, diagnose(config, dict(state_of(decoder)).__getitem__).untrained)),
+    )
 
 
-def run(trunk: Path, out: Path, sound: Sound | None, options: Options, report: Report) -> Result:
-    """Grow ``trunk`` where it has no audio, train it, write ``out``.
+def run(trunk: Path, out: Path | None, sound: Sound | None, options: Options, report: Report) -> Result:
+    """Grow ``trunk`` where it has no audio, train it, write ``out`` unless it is None.
 
     Raises:
         MotrtError: for anything that does not fit, before any training.
     """
-    if out.exists():
+    if out is not None and out.exists():
         raise InputError(f"{out} is there already: name a new folder, or remove it")
     checkpoint = open_checkpoint(trunk)
     config, read = with_audio(checkpoint, options)
-    count(config, options.policy)  # refuses what does not fit, before the sound is made
+    learns, why = can_learn(config, options.policy, AUDIO)  # refuses what does not fit, before the sound is made
+    report({"options": asdict(options), "config": config.to_dict(), "can_learn": learns, "why": why})
     if sound is None:
         ids = config.id_ranges[config.modality_index(AUDIO)]
-        sound = prepared(melodies(800, options.seed), len(ids), options.seed)
+        sound = prepared(melodies(800, options.seed), min(CODES_IN_USE, len(ids)), options.seed)
     text_ids = TextIds(checkpoint)
     rows = rows_of(sound, text_ids, config)
     text = torch.tensor([text_ids(TEXT)[: min(128, config.max_seq_len)]])
     decoder = Decoder.from_tensors(config, read)
     result = train(decoder, rows, sound.num_held_out, text, options, report)
-    write_checkpoint(out, config, state_of(decoder), "float32", checkpoint.tokenizer_path)
+    if out is not None:
+        write_checkpoint(out, config, state_of(decoder), "float32", checkpoint.tokenizer_path)
+    report({"result": asdict(result)})
     return result
 
 
-def told(result: Result, out: Path) -> str:
-    """A run in two lines."""
+def told(result: Result, out: Path | None) -> str:
+    """A run in a few lines."""
     before, after = result.before, result.after
     books = ", ".join(f"c{number} {loss:.2f}" for number, loss in enumerate(after.audio_by_book))
     same = "text logits are the same bit for bit" if result.text_unchanged else "text logits have changed"
-    return (
-        f"{out}: {result.steps} steps in {result.seconds:.0f} s, {result.trained:,} weights trained\n"
-        f"held out: audio {before.audio:.4f} -> {after.audio:.4f} ({books}), text {before.text:.4f} -> {after.text:.4f}; {same}"
+    refused = "\n  - ".join(["`motrt export` refuses it:", *result.untrained])
+    return "\n".join(
+        (
+            f"{out or 'nothing written'}: {result.steps} steps in {result.seconds:.0f} s, {result.trained:,} weights trained",
+            f"held out: audio {before.audio:.4f} -> {after.audio:.4f} ({books})",
+            f"          text {before.text:.4f} -> {after.text:.4f}; {same}",
+            refused if result.untrained else "`motrt export` takes it",
+        )
     )
+
+
+def progress(line: dict[str, Any]) -> str:
+    """What is said of one line of the metrics while training goes on; nothing of most."""
+    if not line.get("can_learn", True):
+        return f"this run will not teach the model to make sound: {line['why']}"
+    if "held_out" not in line:
+        return ""
+    losses = line["held_out"]
+    done = f"step {line['step']:4d} {line['seconds']:6.0f} s"
+    return f"{done}  held out: audio {losses['audio']:.4f}  text {losses['text']:.4f}"
 
 
 PATH = click.Path(path_type=Path)
@@ -352,16 +389,19 @@ PATH = click.Path(path_type=Path)
 @click.option("--minutes", type=click.FloatRange(0.01), default=5.0, show_default=True, help="How long to train.")
 @click.option("--steps", type=click.IntRange(1), help="How many steps to train, whatever time they take.")
 @click.option("--data", type=PATH, help="What prepare.py made.  [default: 800 melodies, made first]")
-@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Clips of a step.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="Highest learning rate.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips of a step.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=7e-4, show_default=True, help="Highest learning rate.")
 @click.option("--width", type=click.IntRange(1), default=128, show_default=True, help="Of a new audio expert.")
 @click.option("--hidden", type=click.IntRange(1), default=512, show_default=True, help="Of a new audio expert.")
-@click.option("--embedding", type=click.Choice(["random", "zero"]), default="random", show_default=True, help="New rows.")
+@click.option(
+    "--embedding", type=click.Choice(["copied", "random", "zero"]), default="copied", show_default=True, help="New rows."
+)
 @click.option("--head", type=click.Choice(["split", "shared"]), default="split", show_default=True, help="Of a new model.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--dry", is_flag=True, help="Train and tell, but write no checkpoint.")
 @click.option("--metrics", type=PATH, help="A line of JSON for every step.  [default: OUT with .jsonl behind it]")
-def main(trunk: Path, out: Path, data: Path | None, threads: int, metrics: Path | None, **given: Any) -> None:
+def main(trunk: Path, out: Path, data: Path | None, threads: int, metrics: Path | None, dry: bool, **given: Any) -> None:
     """Put an audio expert onto TRUNK, train it, and write the checkpoint OUT."""
     torch.set_num_threads(threads)
     options = Options(**given)
@@ -372,18 +412,13 @@ def main(trunk: Path, out: Path, data: Path | None, threads: int, metrics: Path 
             def report(line: dict[str, Any]) -> None:
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
-                if "held_out" in line:
-                    held_out = line["held_out"]
-                    done = f"step {line['step']:4d} {line['seconds']:6.0f} s"
-                    click.echo(f"{done}  held out: audio {held_out['audio']:.4f}  text {held_out['text']:.4f}", err=True)
+                if words := progress(line):
+                    click.echo(words, err=True)
 
-            result = run(trunk, out, sound, options, report)
+            result = run(trunk, None if dry else out, sound, options, report)
     except MotrtError as failure:
         raise click.ClickException(str(failure)) from None
-    click.echo(told(result, out))
-    learns, why = can_learn(open_checkpoint(out).config, options.policy, AUDIO)
-    if not learns:
-        click.echo(f"this model can not make sound: {why}")
+    click.echo(told(result, None if dry else out))
 
 
 if __name__ == "__main__":
