@@ -28,7 +28,7 @@ class Run:
     """One run as its metrics tell it.
 
     Attributes:
-        name: policy, and how the embedding's new rows began where they are not copies.
+        name: policy, and how the embedding's new rows began where they were not made from the sound.
         steps: after which the held-out losses were taken.
         audio: those of codes.
         text: those of text.
@@ -55,7 +55,7 @@ def read_run(file: Path) -> Run:
         values = {kind: tuple(line["held_out"][kind] for line in looks) for kind in ("audio", "text")}
     except (OSError, ValueError, LookupError, TypeError) as failure:
         raise InputError(f"{file} is not the metrics of a run that came to its end ({failure!r})") from None
-    began = "" if options["embedding"] == "copied" else f", embedding {options['embedding']}"
+    began = "" if options["embedding"] == "sound" else f", embedding {options['embedding']}"
     return Run(f"{options['policy']}{began}", tuple(line["step"] for line in looks), **values, result=result)
 
 

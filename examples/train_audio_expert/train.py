@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 import torch
@@ -21,16 +21,18 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from motrt.errors import ConfigError, InputError, MotrtError
+from motrt.examples.train_audio_expert.code_rows import rows_from_sound
 from motrt.examples.train_audio_expert.codes import BOOKS, FRAMES_PER_SECOND
 from motrt.examples.train_audio_expert.prepare import CODES_IN_USE, Sound, melodies, prepared
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint, write_checkpoint
-from motrt.model_def.config import AdapterExpert, HeadKind, Modality, ModelConfig
-from motrt.model_def.decoder import Decoder, state_of
+from motrt.model_def.config import AdapterExpert, Modality, ModelConfig
+from motrt.model_def.decoder import Cache, Decoder, state_of
 from motrt.model_def.expansion import Rows, with_modality
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.heads import SplitHead
 from motrt.model_def.health import diagnose
-from motrt.model_def.routing import Gathered
+from motrt.model_def.parameters import EMBEDDING
+from motrt.model_def.routing import OneRoute
 from motrt.model_def.trainable import POLICIES, Policy, apply_policy, can_learn, count
 from motrt.runtime.tokenizer import encode_text, read_tokenizer
 
@@ -53,12 +55,15 @@ class Options:
         policy: which weights may change.
         minutes: how long to train; ``steps`` comes first where it is given.
         steps: how many steps to train, or None.
-        batch: rows of a step.
-        rate: AdamW's highest learning rate, reached after a tenth of the run; it falls to a tenth of it as a cosine does.
+        batch: clips of a step.
+        frames: of each of them, 50 to the second.
+        rate: AdamW's highest learning rate for the head and the embedding, reached after a tenth of the run; it falls to a
+            tenth of it as a cosine does.
+        adapter_rate: the same for the adapters. They write into a residual stream that a trained trunk has made large, so they
+            need larger steps than a head that reads it normalised.
         width: of a new audio expert.
         hidden: of a new audio expert, between its two inner products.
-        embedding: how the embedding's new rows start.
-        head: of a model that is grown.
+        embedding: how the embedding's new rows start: made from their ``sound``, or as ``with_modality`` has it.
         seed: of all that is drawn.
         eval_clips: held-out clips that the audio loss is taken from.
         eval_every: steps from one look at the held-out clips to the next.
@@ -67,12 +72,13 @@ class Options:
     policy: Policy
     minutes: float = 5.0
     steps: int | None = None
-    batch: int = 1
-    rate: float = 7e-4
+    batch: int = 3
+    frames: int = 20
+    rate: float = 3e-4
+    adapter_rate: float = 5e-3
     width: int = 128
     hidden: int = 512
-    embedding: Rows = "copied"
-    head: HeadKind = "split"
+    embedding: Rows | Literal["sound"] = "sound"
     seed: int = 0
     eval_clips: int = 4
     eval_every: int = 10
@@ -122,7 +128,7 @@ Report = Callable[[dict[str, Any]], None]
 """Told of every step."""
 
 
-def with_audio(checkpoint: Checkpoint, options: Options) -> tuple[ModelConfig, Read]:
+def with_audio(checkpoint: Checkpoint, sound: Sound, options: Options) -> tuple[ModelConfig, Read]:
     """Return the model with an audio expert: its own where it has one, otherwise a new one.
 
     Raises:
@@ -136,9 +142,25 @@ def with_audio(checkpoint: Checkpoint, options: Options) -> tuple[ModelConfig, R
         return config, read
     expert = AdapterExpert(options.width, options.hidden)
     modality = Modality(AUDIO, AUDIO_CODES, expert, BOOKS, float(FRAMES_PER_SECOND))
-    # The head first: a tied one that is split before it grows keeps the embedding's new rows apart from the head's.
-    config, read = with_head(config, read, options.head)
-    return with_modality(config, read, modality, options.embedding, options.seed)
+    # Split before it grows: a tied head would take the embedding's new rows for its own.
+    config, read = with_head(config, read, "split")
+    rows: Rows = "copied" if options.embedding == "sound" else options.embedding
+    config, read = with_modality(config, read, modality, rows, options.seed)
+    return config, _read_with_code_rows(config, read, sound, options.seed) if options.embedding == "sound" else read
+
+
+def _read_with_code_rows(config: ModelConfig, read: Read, sound: Sound, seed: int) -> Read:
+    """The same weights, but the embedding's rows of the codes in use are made from their sound."""
+    first = config.id_ranges[config.modality_index(AUDIO)].start
+
+    def read_with_rows(name: str) -> Tensor:
+        value = read(name)
+        if name == EMBEDDING:
+            rows = rows_from_sound(sound.quantizer, value[:first], seed)
+            value[first : first + len(rows)] = rows[: len(value) - first]
+        return value
+
+    return read_with_rows
 
 
 class TextIds:
@@ -189,34 +211,52 @@ def rows_of(sound: Sound, text_ids: TextIds, config: ModelConfig) -> list[Row]:
     return [Row(torch.cat([torch.tensor(prompt), clip]), len(prompt)) for prompt, clip in zip(prompts, codes, strict=True)]
 
 
-def token_losses(decoder: Decoder, ids: Tensor, num_text: int) -> Tensor:
+def token_losses(decoder: Decoder, ids: Tensor, num_text: int, text_moves: bool = True) -> Tensor:
     """The loss of every token but the first, in nats: ids [b, s], of which ``num_text`` a row are text -> [b, s - 1].
 
-    As ``Decoder.forward`` computes it, but each position's logits are those of the predicted modality's ids alone: nothing is
-    padded to the whole vocabulary.
+    The same numbers as from ``Decoder.forward``, for less: the text is read first and the sound behind it, each through its own
+    weights without gathering, and logits are computed for the ids of the predicted modality alone.
+
+    Args:
+        decoder: the model.
+        ids: rows whose sentences are equally long.
+        num_text: at least 1.
+        text_moves: whether anything that is trained lies on the text's way to the head; where nothing does, the text is read
+            without a graph for gradients, which saves the larger expert's backward pass.
     """
-    b, s = ids.shape
-    owned = decoder.config.id_ranges
-    audio = decoder.config.modality_index(AUDIO)
-    mask = torch.zeros_like(ids)
-    mask[:, num_text:] = audio
-    experts = Gathered.by(mask.flatten(), len(owned))
-    x = decoder.tok_embeddings(ids.flatten())  # [b, s] -> [T, m]
-    cache = decoder.new_cache(b, s)
-    at = decoder.positions(s, experts, torch.zeros(b, dtype=torch.int64), cache)
-    for layer, past in zip(decoder.layers, cache, strict=True):
-        x, _ = layer(x, at, past)
-    hidden = decoder.norm(x).view(b, s, -1)  # [T, m] -> [b, s, m]
-    losses = [
-        F.cross_entropy(
-            range_logits(decoder, hidden[:, first - 1 : last - 1].flatten(0, 1), modality),
-            (ids[:, first:last] - owned[modality].start).flatten(),
-            reduction="none",
-        ).view(b, -1)
-        for modality, first, last in ((0, 1, num_text), (audio, max(1, num_text), s))
-        if first < last
-    ]
+    audio, owned = decoder.config.modality_index(AUDIO), decoder.config.id_ranges
+    cache = decoder.new_cache(*ids.shape)
+    with torch.set_grad_enabled(text_moves and torch.is_grad_enabled()):
+        hidden, cache = read_on(decoder, ids[:, :num_text], 0, 0, cache)
+    losses = [_losses(decoder, hidden[:, :-1], ids[:, 1:num_text] - owned[0].start, 0)]
+    if num_text < ids.shape[1]:
+        sung, _ = read_on(decoder, ids[:, num_text:], audio, num_text, cache)
+        predicting = torch.cat([hidden[:, -1:], sung[:, :-1]], dim=1)  # the sentence's last word predicts the first code
+        losses.append(_losses(decoder, predicting, ids[:, num_text:] - owned[audio].start, audio))
     return torch.cat(losses, dim=1)
+
+
+def read_on(decoder: Decoder, ids: Tensor, modality: int, start: int, cache: Cache) -> tuple[Tensor, Cache]:
+    """Read tokens of one modality behind ``start`` others: ids [b, s] -> normed hidden states [b, s, m], and the cache."""
+    b, s = ids.shape
+    at = decoder.positions(s, OneRoute(modality), torch.full((b,), start), cache)
+    x, present = decoder.tok_embeddings(ids.flatten()), []  # [b, s] -> [T, m]
+    for layer, past in zip(decoder.layers, cache, strict=True):
+        x, new = layer(x, at, past)
+        present.append(new)
+    return decoder.norm(x).view(b, s, -1), present  # [T, m] -> [b, s, m]
+
+
+def _losses(decoder: Decoder, hidden: Tensor, places: Tensor, modality: int) -> Tensor:
+    """The losses of ids that are counted from their modality's first. Shapes: [b, s, m], [b, s] -> [b, s]."""
+    logits = range_logits(decoder, hidden.flatten(0, 1), modality)
+    return F.cross_entropy(logits, places.flatten(), reduction="none").view(places.shape)
+
+
+def trains_text(config: ModelConfig, policy: Policy) -> bool:
+    """Whether the policy trains weights that lie on the text's way to the head; the rows of a masked table do not."""
+    embedding = policy == "adapters+head" and config.tied_embeddings
+    return embedding or isinstance(config.modalities[0].expert, AdapterExpert)
 
 
 def range_logits(decoder: Decoder, hidden: Tensor, modality: int) -> Tensor:
@@ -246,27 +286,39 @@ def text_logits(decoder: Decoder, text: Tensor) -> Tensor:
     return torch.as_tensor(logits)
 
 
-def batches(rows: list[Row], size: int, seed: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows for ever, in a new order each time, those with sentences of one length together: ([b, s], text of a row)."""
+def batches(rows: list[Row], size: int, frames: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows for ever, in a new order each time, those with sentences of one length together: ([b, s], text of a row).
+
+    Of every clip ``frames`` are taken, or all that it has, from anywhere in it: sound goes on as it began, so short pieces of
+    many clips teach more than one clip as a whole.
+    """
     generator = torch.Generator().manual_seed(seed)
-    waiting: dict[int, list[Row]] = {}
+    waiting: dict[int, list[Tensor]] = {}
     while True:
         for index in torch.randperm(len(rows), generator=generator).tolist():
             row = rows[index]
             same = waiting.setdefault(row.num_text, [])
-            same.append(row)
+            same.append(_piece(row, frames, generator))
             if len(same) == size:
-                yield torch.stack([one.ids for one in same]), row.num_text
+                yield torch.stack(same), row.num_text
                 same.clear()
 
 
-def optimizer_of(decoder: Decoder, rate: float) -> torch.optim.AdamW:
+def _piece(row: Row, frames: int, generator: torch.Generator) -> Tensor:
+    """The sentence and ``frames`` frames of its sound: [tokens]."""
+    codes = row.ids[row.num_text :].view(-1, BOOKS)  # [frames * BOOKS] -> [frames, BOOKS]
+    first = int(torch.randint(0, max(0, len(codes) - frames) + 1, (), generator=generator))
+    return torch.cat([row.ids[: row.num_text], codes[first : first + frames].flatten()])
+
+
+def optimizer_of(decoder: Decoder, options: Options) -> torch.optim.AdamW:
     """AdamW over what the policy trains. Tables have no decay: it would shrink the rows that are masked."""
     trained = {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    adapters = [one for name, one in trained.items() if name.startswith("layers.")]
     tables = [one for name, one in trained.items() if not name.startswith("layers.")]
-    inside = [one for name, one in trained.items() if name.startswith("layers.")]
-    groups = [{"params": inside, "weight_decay": 0.01}, {"params": tables, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95))
+    groups = [{"params": adapters, "highest": options.adapter_rate, "weight_decay": 0.01}]
+    groups += [{"params": tables, "highest": options.rate, "weight_decay": 0.0}] if tables else []
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
 def rate_at(share: float) -> float:
@@ -286,10 +338,11 @@ def train(decoder: Decoder, rows: list[Row], num_held_out: int, text: Tensor, op
         report: told of every step, and of the held-out losses.
     """
     apply_policy(decoder, decoder.config, options.policy)
+    text_moves = trains_text(decoder.config, options.policy)
     held_out = rows[len(rows) - num_held_out :][: options.eval_clips]
     optimizer, drawn = (
-        optimizer_of(decoder, options.rate),
-        batches(rows[: len(rows) - num_held_out], options.batch, options.seed),
+        optimizer_of(decoder, options),
+        batches(rows[: len(rows) - num_held_out], options.batch, options.frames, options.seed),
     )
     logits, before = text_logits(decoder, text), held_out_losses(decoder, held_out, text)
     report({"step": 0, "seconds": 0.0, "held_out": asdict(before)})
@@ -297,9 +350,9 @@ def train(decoder: Decoder, rows: list[Row], num_held_out: int, text: Tensor, op
     while share < 1.0:
         started = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = options.rate * rate_at(share)
+            group["lr"] = group["highest"] * rate_at(share)
         ids, num_text = next(drawn)
-        losses = token_losses(decoder, ids, num_text)
+        losses = token_losses(decoder, ids, num_text, text_moves)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_((one for one in decoder.parameters() if one.requires_grad), 1.0)
         optimizer.step()
@@ -335,12 +388,11 @@ def run(trunk: Path, out: Path | None, sound: Sound | None, options: Options, re
     if out is not None and out.exists():
         raise InputError(f"{out} is there already: name a new folder, or remove it")
     checkpoint = open_checkpoint(trunk)
-    config, read = with_audio(checkpoint, options)
-    learns, why = can_learn(config, options.policy, AUDIO)  # refuses what does not fit, before the sound is made
-    report({"options": asdict(options), "config": config.to_dict(), "can_learn": learns, "why": why})
     if sound is None:
-        ids = config.id_ranges[config.modality_index(AUDIO)]
-        sound = prepared(melodies(800, options.seed), min(CODES_IN_USE, len(ids)), options.seed)
+        sound = prepared(melodies(800, options.seed), CODES_IN_USE, options.seed)
+    config, read = with_audio(checkpoint, sound, options)
+    learns, why = can_learn(config, options.policy, AUDIO)
+    report({"options": asdict(options), "config": config.to_dict(), "can_learn": learns, "why": why})
     text_ids = TextIds(checkpoint)
     rows = rows_of(sound, text_ids, config)
     text = torch.tensor([text_ids(TEXT)[: min(128, config.max_seq_len)]])
@@ -380,6 +432,7 @@ def progress(line: dict[str, Any]) -> str:
 
 
 PATH = click.Path(path_type=Path)
+STARTS = ("sound", *get_args(Rows))
 
 
 @click.command()
@@ -389,14 +442,19 @@ PATH = click.Path(path_type=Path)
 @click.option("--minutes", type=click.FloatRange(0.01), default=5.0, show_default=True, help="How long to train.")
 @click.option("--steps", type=click.IntRange(1), help="How many steps to train, whatever time they take.")
 @click.option("--data", type=PATH, help="What prepare.py made.  [default: 800 melodies, made first]")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips of a step.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), default=7e-4, show_default=True, help="Highest learning rate.")
+@click.option("--batch", type=click.IntRange(1), default=3, show_default=True, help="Clips of a step.")
+@click.option("--frames", type=click.IntRange(1), default=20, show_default=True, help="Of each of them; 50 are a second.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Of head and rows.")
+@click.option("--adapter-rate", type=click.FloatRange(0, min_open=True), default=5e-3, show_default=True, help="Of adapters.")
 @click.option("--width", type=click.IntRange(1), default=128, show_default=True, help="Of a new audio expert.")
 @click.option("--hidden", type=click.IntRange(1), default=512, show_default=True, help="Of a new audio expert.")
 @click.option(
-    "--embedding", type=click.Choice(["copied", "random", "zero"]), default="copied", show_default=True, help="New rows."
+    "--embedding",
+    type=click.Choice(["sound", "copied", "random", "zero"]),
+    default="sound",
+    show_default=True,
+    help="New rows.",
 )
-@click.option("--head", type=click.Choice(["split", "shared"]), default="split", show_default=True, help="Of a new model.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry", is_flag=True, help="Train and tell, but write no checkpoint.")

@@ -18,13 +18,13 @@ from motrt.examples.train_audio_expert import compare, prepare, train
 from motrt.examples.train_audio_expert.codes import BOOKS, frames_of
 from motrt.examples.train_audio_expert.melodies import CLIP_SECONDS, SAMPLE_RATE, melody
 from motrt.examples.train_audio_expert.prepare import Sound, melodies, prepared, recordings
-from motrt.examples.train_audio_expert.train import Options, Result, batches, run, token_losses
+from motrt.examples.train_audio_expert.train import Options, Result, batches, run, token_losses, trains_text
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.initialize import random_tensors
-from motrt.model_def.trainable import Policy
+from motrt.model_def.trainable import POLICIES, Policy, apply_policy
 
 WHOLE = ModelConfig.tiny(max_seq_len=512)
 TRUNK = WHOLE.replace(modalities=WHOLE.modalities[:1], head="shared", tied_embeddings=True)
@@ -44,7 +44,7 @@ def trained(sound: Sound, make_checkpoint: Callable[[ModelConfig], Path], tmp_pa
     """The tiny trunk with an audio expert, trained under a policy for a few steps; made once for each."""
     made: dict[tuple[str, str], tuple[Result, Path]] = {}
 
-    def train_once(policy: Policy, embedding: Any = "random") -> tuple[Result, Path]:
+    def train_once(policy: Policy, embedding: Any = "sound") -> tuple[Result, Path]:
         if (policy, embedding) not in made:
             out = tmp_path_factory.mktemp("trained") / "model"
             options = Options(policy, steps=STEPS, rate=5e-3, width=16, hidden=32, embedding=embedding, eval_clips=2)
@@ -130,12 +130,36 @@ def test_the_loss_is_that_of_the_graph_contracts_logits(config: ModelConfig) -> 
     torch.testing.assert_close(token_losses(decoder, ids, 5), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("config", [WHOLE, WHOLE.replace(head="shared", tied_embeddings=True)], ids=["split", "tied"])
+def test_text_is_read_without_gradients_only_where_they_would_be_nothing(config: ModelConfig, policy: Policy) -> None:
+    if policy == "adapters+audio-head" and config.head != "split":
+        return
+    ids = torch.cat([torch.arange(5).expand(2, 5), torch.arange(96, 114).view(2, 9)], dim=1)
+
+    def gradients(text_moves: bool) -> dict[str, torch.Tensor]:
+        decoder = Decoder.from_tensors(config, dict(random_tensors(config, 5)).__getitem__)
+        apply_policy(decoder, config, policy)
+        token_losses(decoder, ids, 5, text_moves).mean().backward()  # type: ignore[no-untyped-call]
+        return {name: one.grad for name, one in decoder.named_parameters() if one.grad is not None and bool(one.grad.any())}
+
+    whole, used = gradients(True), gradients(trains_text(config, policy))
+    assert whole.keys() == used.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(used[name], gradient, rtol=1e-5, atol=1e-7)
+    is_needed = policy == "adapters+head" and config.tied_embeddings
+    assert trains_text(config, policy) == is_needed
+
+
 def test_batches_hold_sentences_of_one_length_and_every_row_in_turn() -> None:
-    rows = [train.Row(torch.full((4 + length,), index), length) for index, length in enumerate([1, 2] * 4)]
-    drawn = batches(rows, 2, seed=0)
-    ids = [ids[:, 0].tolist() for ids, _ in (next(drawn) for _ in range(4))]
-    assert sorted(chain.from_iterable(ids)) == list(range(8))
-    assert all(first % 2 == second % 2 for first, second in ids)
+    rows = [train.Row(torch.arange(1000 * index, 1000 * index + 12 + text), text) for index, text in enumerate([1, 2] * 4)]
+    drawn = [next(batch) for batch in [batches(rows, 2, 2, seed=0)] for _ in range(4)]
+    assert sorted(chain.from_iterable((ids // 1000)[:, 0].tolist() for ids, _ in drawn)) == list(range(8))
+    for ids, num_text in drawn:
+        assert ids.shape == (2, num_text + 2 * BOOKS)
+        place = (ids % 1000)[:, num_text] - num_text
+        assert bool((place % BOOKS == 0).all()), "a piece begins with a frame"
+        assert torch.equal((ids % 1000)[:, num_text:].diff(), torch.ones(2, 7, dtype=torch.int64))
 
 
 def test_adapters_alone_never_learn_sound(trained: Trained) -> None:
@@ -186,7 +210,7 @@ def test_what_was_trained_is_exported_and_trained_further(trained: Trained, soun
     bundle = export_bundle(out, tmp_path / "bundle", verify=False).bundle
     assert bundle.config == open_checkpoint(out).config
     assert bundle.config.modalities[1].vocab_size == 2048
-    options = Options("adapters+audio-head", steps=1, rate=1e-9, eval_clips=2)
+    options = Options("adapters+audio-head", steps=1, rate=1e-9, adapter_rate=1e-9, eval_clips=2)
     further = run(out, None, sound, options, lambda line: None)
     assert further.before.audio == pytest.approx(before.after.audio, abs=1e-6)
 
