@@ -91,8 +91,9 @@ def chart(runs: list[Run]) -> Html:
     signs = [_sign(kind, run.name, index) for index, (kind, run) in enumerate(zip(KINDS, runs, strict=False))]
     signs.append(_sign("limit", "every code equally likely", len(runs)))
     height = room + 2 * (HEIGHT + 10)
-    box = f"0 0 {WIDTH:g} {height:g}"
-    return tag("svg", tag("style", Html(STYLE)), *signs, *drawn, xmlns="http://www.w3.org/2000/svg", viewBox=box)
+    box, letters = f"0 0 {WIDTH:g} {height:g}", "font-family: system-ui, sans-serif"
+    drawn = [tag("style", Html(STYLE)), *signs, *drawn]
+    return tag("svg", *drawn, xmlns="http://www.w3.org/2000/svg", viewBox=box, style=letters)
 
 
 def _placed(inner: Html, x: float, y: float, width: float, height: float) -> Html:
@@ -100,7 +101,7 @@ def _placed(inner: Html, x: float, y: float, width: float, height: float) -> Htm
 
 
 def _sign(kind: str, name: str, line: int) -> Html:
-    words = tag("text", name, x=34.0, y=LEGEND * line + 16, style="font: 14px system-ui, sans-serif; fill: var(--ink)")
+    words = tag("text", name, x=34.0, y=LEGEND * line + 16, style="font-size: 14px; fill: var(--ink)")
     return Html(_placed(swatch(kind, "line"), 10.0, LEGEND * line + 4, 16.0, 16.0) + words)
 
 
