@@ -27,4 +27,5 @@ def rows_from_sound(quantizer: Quantizer, known: Tensor, seed: int = 0) -> Tenso
     projection = torch.randn(BOOKS, bands, width, generator=generator) / bands**0.5
     book = torch.randn(BOOKS, 1, width, generator=generator)
     rows = (sounds @ projection + book) / 2**0.5  # [BOOKS, size, m], of deviation 1
-    return (LOUDNESS * known.float().std(dim=0) * rows).flatten(0, 1).to(known.dtype)
+    loud: Tensor = LOUDNESS * known.float().std(dim=0) * rows
+    return loud.flatten(0, 1).to(known.dtype)

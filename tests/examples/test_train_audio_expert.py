@@ -3,7 +3,7 @@
 import json
 import wave
 from collections.abc import Callable
-from itertools import chain, pairwise
+from itertools import chain, pairwise, permutations
 from math import log
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from motrt.errors import InputError, UntrainedRowsError
 from motrt.examples.train_audio_expert import compare, prepare, train
+from motrt.examples.train_audio_expert.code_rows import LOUDNESS, rows_from_sound
 from motrt.examples.train_audio_expert.codes import BOOKS, frames_of
 from motrt.examples.train_audio_expert.melodies import CLIP_SECONDS, SAMPLE_RATE, melody
 from motrt.examples.train_audio_expert.prepare import Sound, melodies, prepared, recordings
@@ -90,6 +91,22 @@ def test_what_is_prepared_is_read_back(sound: Sound, tmp_path: Path) -> None:
     (tmp_path / "else").write_text("no sound")
     with pytest.raises(InputError, match=r"make it with prepare\.py"):
         Sound.load(tmp_path / "else")
+
+
+def test_rows_of_codes_are_loud_tell_their_book_and_lie_near_where_they_sound_alike(sound: Sound) -> None:
+    known = torch.randn(500, 256, generator=torch.Generator().manual_seed(2)) * 0.3
+    rows = rows_from_sound(sound.quantizer, known)
+    size = sound.quantizer.size
+    assert rows.shape == (NUM_CODES, 256)
+    assert float(rows.std()) == pytest.approx(LOUDNESS * 0.3, rel=0.2)
+    by_book = rows.view(BOOKS, size, 256)
+    alike = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2).view(BOOKS, size, BOOKS, size)
+    means = alike.mean(dim=(1, 3))
+    assert all(float(means[book, book]) > 0.3 > abs(float(means[book, other])) for book, other in permutations(range(BOOKS), 2))
+    sounds = torch.from_numpy(sound.quantizer.books[0])
+    apart, rows_apart = torch.pdist(sounds), torch.pdist(by_book[0])
+    assert float(torch.corrcoef(torch.stack([apart, rows_apart]))[0, 1]) > 0.9
+    assert not torch.equal(rows, rows_from_sound(sound.quantizer, known, seed=1))
 
 
 def write_wav(file: Path, samples: Any, rate: int = SAMPLE_RATE) -> None:
