@@ -34,7 +34,7 @@ _CHUNK = 1 << 22  # elements drawn at a time: a table is never held in float32 a
 def random_tensor(config: ModelConfig, parameter: Parameter, seed: int, dtype: str = "float32") -> torch.Tensor:
     """One parameter's random value, of ``parameter.shape``."""
     mean, scale = mean_and_scale(config, parameter)
-    generator = torch.Generator().manual_seed(_seed_of(seed, parameter.name))
+    generator = tensor_generator(seed, parameter.name)
     tensor = torch.empty(parameter.shape, dtype=TORCH_DTYPES[dtype])
     for chunk in torch.split(tensor.view(-1), _CHUNK):
         chunk.copy_(torch.randn(chunk.shape, generator=generator).mul_(scale).add_(mean))
@@ -74,6 +74,7 @@ def mean_and_scale(config: ModelConfig, parameter: Parameter) -> tuple[float, fl
     return 0.0, 1.0 / sqrt(fan_in) / (sqrt(2 * config.num_layers) if writes_back else 1.0)
 
 
-def _seed_of(seed: int, name: str) -> int:
+def tensor_generator(seed: int, name: str) -> torch.Generator:
+    """The generator of one tensor's values: its own, whatever else is drawn and in what order."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

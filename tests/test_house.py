@@ -96,7 +96,7 @@ def package_files() -> list[Path]:
 
 def text_files() -> list[Path]:
     """Everything of ours that people read, relative to the root."""
-    folders = [*(ROOT / name for name in (*ROOMS, "tests", "benchmarks", "docs", ".ci")), ROOT]
+    folders = [*(ROOT / name for name in (*ROOMS, "tests", "benchmarks", "examples", "docs", ".ci")), ROOT]
     found = [path for folder in folders for path in (folder.glob("*") if folder == ROOT else folder.rglob("*"))]
     suffixes = {".py", ".md", ".txt", ".toml", ".json", ".in", ".sh", ".yml", ".yaml", ""}
     return sorted(path.relative_to(ROOT) for path in found if path.is_file() and path.suffix in suffixes)
@@ -162,7 +162,7 @@ def test_imports_run_one_way() -> None:
 
 
 def test_the_package_never_imports_what_is_not_installed_with_it() -> None:
-    outside = {"tests", "benchmarks", "setup", "motrt.tests", "motrt.benchmarks"}
+    outside = {"tests", "benchmarks", "examples", "setup", "motrt.tests", "motrt.benchmarks", "motrt.examples"}
     for path in package_files():
         taken = {name for name in all_imports(path) for prefix in outside if f"{name}.".startswith(f"{prefix}.")}
         assert not taken, f"{path} imports {sorted(taken)}"
@@ -300,4 +300,4 @@ def test_every_folder_at_the_root_is_a_room_or_stays_home() -> None:
     (rooms,) = (node.value for node in setup.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROOMS")
     assert ast.literal_eval(rooms) == ROOMS
     with_code = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("[!.]*/**/*.py")}
-    assert with_code - {"build", "dist", "demo"} <= {*ROOMS, "tests", "benchmarks"}
+    assert with_code - {"build", "dist", "demo"} <= {*ROOMS, "tests", "benchmarks", "examples"}
