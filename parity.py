@@ -28,7 +28,7 @@ from motrt.export.parity.findings import Report as ParityReport
 from motrt.export.parity.gate import in_float32
 from motrt.export.parity.hostile import brought_scenarios
 from motrt.export.parity.metrics import compare_rows
-from motrt.export.parity.row_noise import RowLimits, measure_limits
+from motrt.export.parity.row_noise import RowLimits, logits_by_row, measure_limits
 from motrt.export.parity.scenarios import Observation, Scenario, in_batches, observe, scenarios
 from motrt.export.polygraphy_files import save_outputs
 from motrt.export.verification import VerifyOptions, verify_bundle
@@ -83,8 +83,9 @@ def _limits(session_a: Session, session_b: Session, said: Said) -> RowLimits:
     rounds = any(one.activation_block is not None for one in (session_a, session_b))
     reference = next((one for one in (session_a, session_b) if isinstance(one, TorchSession)), None)
     if reference is not None and not rounds:
+        asked = [scenario for scenario, _ in said]
         with in_float32(reference) as noisy:
-            return measure_limits(reference, noisy, precision, [scenario for scenario, _ in said])
+            return measure_limits(logits_by_row(reference, asked), noisy, precision, asked)
     formula = RowLimits.of_formula(session_b)
     limit = formula.worst + (0.0 if _is_exact(session_a) else limit_of(session_a))
     noise = max(_from_itself(one, said) for one in (session_a, session_b))

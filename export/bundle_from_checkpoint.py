@@ -251,7 +251,7 @@ class _Work:
         """What the weights of the bundle, or what its codes stand for, say to a short question."""
         if self.quantization is not None:
             read = QuantizedWeights(folder / MODEL_FILE, self.config, self.quantization).read
-        total = sum(one.numel for one in parameters(self.config))
+        total = 2 * sum(one.numel for one in parameters(self.config))  # exactly, and with errors
         with self.steps.step("known answer", total, "parts") as advance:
             return known_answer(self.config, read, self.precision, self.quantization, advance)
 

@@ -3,11 +3,9 @@
 For one pass through a model that memory should not hold: a pass costs what reading all weights costs, so nobody would
 generate with it. What it computes is the decoder's own: the same code runs.
 
-On the way it can tell what rounding makes of the model, of a batch that holds the same rows several times, in groups:
-
-- the first group is computed as it is;
-- the last has its activations rounded to 8 bits before products with codes, as a CPU's fast kernels have it;
-- those between are given random relative errors before and behind every product, norm and lookup (``relative_errors``).
+On the way it can tell what rounding makes of the model, of a batch that holds the same rows several times, in groups: the last
+has its activations rounded to 8 bits before products with codes, as a CPU's fast kernels have it, and the others are given
+random relative errors before and behind every product, norm and lookup (``relative_errors``).
 """
 
 from collections.abc import Mapping
@@ -31,7 +29,7 @@ class StreamedDecoder(Decoder):
         config: what to build.
         read: gives the tensor of a name of ``parameters(config)``.
         dtype: of weights, activations and cache.
-        error: root mean square of the relative errors that the groups between are given.
+        error: root mean square of the relative errors that all groups but the last are given.
         num_groups: of the batch, all of as many rows; 1: nothing is told of rounding.
         blocks: by the weight that they are multiplied by, how many activations of the last group share a scale.
     """
@@ -82,11 +80,11 @@ class StreamedDecoder(Decoder):
     # Rows keep their order on every route, so a group of any module's rows is that group of the batch.
 
     def _with_errors(self, x: Tensor) -> Tensor:
-        """``x`` [rows, width], its groups between the first and the last with errors; ids have none."""
-        if self._num_groups < 3 or not x.is_floating_point():
+        """``x`` [rows, width], all its groups but the last with errors; ids have none."""
+        if self._num_groups < 2 or not x.is_floating_point():
             return x
-        size = len(x) // self._num_groups
-        return torch.cat([x[:size], self._errors.apply(x[size : len(x) - size]), x[len(x) - size :]])
+        others = len(x) - len(x) // self._num_groups
+        return torch.cat([self._errors.apply(x[:others]), x[others:]])
 
     def _rounded(self, x: Tensor, weight: str) -> Tensor:
         """``x`` [rows, width], its last group as the product with ``weight`` takes it on a CPU."""

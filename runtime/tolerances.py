@@ -37,8 +37,8 @@ NOISE_SAFETY = 8.0
 # Where products round activations to 8 bits, an activation between two codes falls either way for the least of reasons, and
 # moves a row by a code's worth. In a deep model that happens in every row, in a shallow one in a few, which no few samples of
 # float32's own errors would show. So errors of 2^-14 are drawn there: of a thousand activations some five then fall the other
-# way. What comes of many such steps spreads little, so less room is needed above it.
-CODE_ERROR, CODE_SAFETY = 2.0**-14, 4.0
+# way.
+CODE_ERROR = 2.0**-14
 
 # Of the expected noise: a row whose few samples happened to come out near zero is still rounded.
 FLOOR = 0.5

@@ -24,14 +24,12 @@ from motrt.export.parity.metrics import kl_divergence, log_softmax
 from motrt.export.parity.rounded_activations import RoundingDecoder
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.steps import Steps
-from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.checkpoint.native import Checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.parameters import Parameter
 from motrt.model_def.quantization import BITS
-from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.sampling import Sampling
 from motrt.runtime.schedule import Progress
 from motrt.runtime.session import Session
@@ -61,11 +59,6 @@ class Expected:
 
     rows: tuple[Int64, ...]
     log_probabilities: tuple[Floats, ...]
-
-
-def decoder_of_codes(config: ModelConfig, weights: QuantizedWeights, precision: str = "fp32", device: str = "cpu") -> Decoder:
-    """Return the decoder that holds the dequantized weights."""
-    return Decoder.from_tensors(config, weights.read, TORCH_DTYPES[DTYPE_OF_PRECISION[precision]], device)
 
 
 def deployed_decoder(config: ModelConfig, read: Read, blocks: Mapping[str, int]) -> Decoder:

@@ -12,7 +12,7 @@ another way (chunks, steps, a batch) finds it again. A row that was never measur
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -137,8 +137,20 @@ class _Row:
     watched_from: int
 
 
+def logits_by_row(session: TorchSession, scenarios: Iterable[Scenario]) -> dict[Key, Floats]:
+    """Return the logits of every watched position of some scenarios, by one pass over whole rows; no step by step.
+
+    Several rows share a pass. Within the range of what comes next, in float32 where the session computes in more.
+    """
+    return {
+        key: logits.astype(np.float32)
+        for batch in _batches(_distinct(scenarios))
+        for key, logits in _logits(session, batch).items()
+    }
+
+
 def measure_limits(
-    session: TorchSession,
+    expected: Mapping[Key, Floats],
     noisy: TorchSession,
     precision: str,
     scenarios: Iterable[Scenario],
@@ -148,29 +160,40 @@ def measure_limits(
     """Measure the noise of every watched position of some scenarios.
 
     Args:
-        session: the reference.
-        noisy: the same in float32, which is given errors and is itself again behind that; it may be ``session``.
+        expected: the reference's logits of them, which ``logits_by_row`` gave.
+        noisy: the reference in float32, which is given errors and is itself again behind that.
         precision: that the graph computes in.
         scenarios: what will be asked of the graph.
         error: root mean square of the relative errors; None: unit roundoff of ``precision``.
         safety: how many times its noise a row may be off.
     """
-    noise: dict[Key, float] = {}
+    squares = dict.fromkeys(expected, 0.0)
     for batch in _batches(_distinct(scenarios)):
-        expected = _logits(session, batch)
-        squares = dict.fromkeys(expected, 0.0)
         for seed in range(NUM_SAMPLES):
             with relative_errors_in(noisy.decoder, error or UNIT_ROUNDOFF[precision], seed):
                 for key, logits in _logits(noisy, batch).items():
                     squares[key] += _squared_error(expected[key], logits)
-        noise |= {key: sqrt(total / NUM_SAMPLES) for key, total in squares.items()}
-    return RowLimits.of_noise(session.config, precision, noise, safety)
+    noise = {key: sqrt(total / NUM_SAMPLES) for key, total in squares.items()}
+    return RowLimits.of_noise(noisy.config, precision, noise, safety)
+
+
+def observations_of(scenario: Scenario, logits: Mapping[Key, Floats], config: ModelConfig) -> list[Observation]:
+    """Return what ``logits_by_row`` gave for one scenario in the form and order of ``observe``."""
+    return [
+        replace(one, logits=logits[key_of(scenario, one)])
+        for number, row in enumerate(scenario.rows)
+        for at in range(scenario.watched_from, len(row) - 1)
+        for one in (Observation(number, scenario.start + at, config.modality_of(int(row[at + 1])), "one pass", _NOTHING, 0),)
+    ]
+
+
+_NOTHING = np.empty(0, np.float32)
 
 
 def _squared_error(expected: Floats, actual: Floats) -> float:
     """Return the square of the relative L2 error of one row."""
     wanted = expected.astype(np.float64)
-    difference = actual - wanted
+    difference = actual.astype(np.float64) - wanted
     return float(difference @ difference) / max(float(wanted @ wanted), 1e-60)
 
 

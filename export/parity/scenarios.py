@@ -5,7 +5,6 @@ token at a time, and the logits of every real position are kept: of each, it is 
 that are chosen to hurt stand in ``hostile``.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +23,7 @@ NUM_PROMPT, NUM_DECODE_STEPS = 16, 32
 RUN_LENGTH = 5  # positions of one modality before a change-over
 EARLY_STEPS = 8
 
-# Positions of several scenarios' prompts in one pass: each has logits over the vocabulary, 0.5 MB in float32 at full size.
+# Positions of several rows in one pass: each has logits over the vocabulary, 0.5 MB in float32 at full size.
 MOST_TOGETHER = 512
 
 
@@ -162,47 +161,6 @@ def observe(session: Session, scenario: Scenario, reserve: int = 0) -> list[Obse
         found += _observe_pass(session, scenario, cache, ids, "early decode" if step < EARLY_STEPS else "late decode")
         cache.lengths += 1
     return sorted(found, key=lambda one: (one.row, one.position))
-
-
-def observe_together(session: Session, scenarios: Sequence[Scenario]) -> list[list[Observation]]:
-    """What ``session`` says to every scenario, asked in as few passes as may be.
-
-    Rows of several scenarios share a batch, and no prompt is split because a scenario says so. For a reference, which is taken
-    to say the same whatever a row is batched with; what is examined is asked as each scenario wants it.
-
-    Args:
-        session: what answers.
-        scenarios: what is asked.
-    """
-    found: dict[int, list[Observation]] = {}
-    kinds: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for number, one in enumerate(scenarios):
-        kinds[one.num_steps, one.start, one.watched_from].append(number)
-    for numbers in kinds.values():
-        for batch in _batches(numbers, [len(scenarios[number].rows) * max(scenarios[number].num_prompt) for number in numbers]):
-            members = [scenarios[number] for number in batch]
-            rows = tuple(row for one in members for row in one.rows)
-            prompts = tuple(prompt for one in members for prompt in one.num_prompt)
-            said = observe(session, replace(members[0], rows=rows, num_prompt=prompts, chunk_size=None))
-            first = 0
-            for number, one in zip(batch, members, strict=True):
-                last = first + len(one.rows)
-                found[number] = [replace(each, row=each.row - first) for each in said if first <= each.row < last]
-                first = last
-    return [found[number] for number in range(len(scenarios))]
-
-
-def _batches(numbers: Sequence[int], positions: Sequence[int]) -> list[list[int]]:
-    """Numbers in their order, each batch's positions together at most ``MOST_TOGETHER``, or one alone."""
-    batches: list[list[int]] = []
-    taken = MOST_TOGETHER
-    for number, size in zip(numbers, positions, strict=True):
-        if taken + size > MOST_TOGETHER:
-            batches.append([])
-            taken = 0
-        batches[-1].append(number)
-        taken += size
-    return batches
 
 
 def _observe_prefill(session: Session, scenario: Scenario, cache: KVCache) -> list[Observation]:

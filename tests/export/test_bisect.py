@@ -13,7 +13,6 @@ import torch
 
 from motrt.export.parity.bisect import Bisection, bisect, recorded_passes, row_errors
 from motrt.export.parity.part_values import LOGITS, first_without_numbers, parts, record
-from motrt.export.parity.quantization_loss import decoder_of_codes
 from motrt.export.steps import Steps
 from motrt.export.verification import subject_of
 from motrt.model_def.config import ModelConfig
@@ -39,7 +38,11 @@ def asked(bundle: Bundle, decoder: Decoder, model_file: Path | None = None, fold
 
 def reference(bundle: Bundle, checkpoint: Path) -> Decoder:
     weights = subject_of(bundle).weights()
-    return torch_session(checkpoint, "fp64").decoder if weights is None else decoder_of_codes(bundle.config, weights, "fp64")
+    return (
+        torch_session(checkpoint, "fp64").decoder
+        if weights is None
+        else Decoder.from_tensors(bundle.config, weights.read, torch.float64)
+    )
 
 
 @pytest.mark.parametrize("config", [TINY, ONE, THREE, TIED], ids=["two", "one", "three", "tied"])

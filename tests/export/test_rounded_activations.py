@@ -14,7 +14,7 @@ from motrt.export.bundle_from_checkpoint import QuantizeOptions, export_bundle
 from motrt.export.parity.findings import LOSS, Finding, Outcome, Report
 from motrt.export.parity.gate import Subject, climb
 from motrt.export.parity.metrics import compare_rows
-from motrt.export.parity.quantization_loss import decoder_of_codes, deployed_decoder
+from motrt.export.parity.quantization_loss import deployed_decoder
 from motrt.export.parity.scenarios import observe, scenarios
 from motrt.export.quantize import rounded_to_8_bits
 from motrt.export.steps import Steps
@@ -100,7 +100,7 @@ def largest_loss(bundle: Path, checkpoint: Path) -> float:
     rows = scenarios(opened.config)
     blocks = weights.quantization.activation_blocks(opened.config)
     with (
-        TorchSession(decoder_of_codes(opened.config, weights)) as exact,
+        TorchSession(deployed_decoder(opened.config, weights.read, {})) as exact,
         TorchSession(deployed_decoder(opened.config, weights.read, blocks)) as rounded,
     ):
         pairs = [(a, b) for one in rows for a, b in zip(observe(exact, one), observe(rounded, one), strict=True)]

@@ -11,9 +11,10 @@ from motrt.export.parity.agreement import agreement_findings, compare
 from motrt.export.parity.findings import Outcome
 from motrt.export.parity.gate import ask, in_float32
 from motrt.export.parity.metrics import compare_rows
-from motrt.export.parity.row_noise import Key, RowLimits, key_of, measure_limits
+from motrt.export.parity.row_noise import Key, RowLimits, key_of, logits_by_row, measure_limits, observations_of
 from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
 from motrt.export.relative_errors import RelativeErrors, relative_errors_in
+from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
 from motrt.model_def.initialize import random_tensors
 from motrt.runtime.kv_cache import KVCache
@@ -59,8 +60,8 @@ def test_a_decoder_is_itself_again_after_it_was_given_errors(tiny_checkpoint: Pa
 
 
 @pytest.mark.parametrize("config", [TINY, THREE, TIED], ids=["two", "three", "tied"])
-def test_every_row_that_is_compared_was_measured(config: object, tmp_path: Path) -> None:
-    session = torch_session(write_random(tmp_path / "m", config, 0), "fp64")  # type: ignore[arg-type]
+def test_every_row_that_is_compared_was_measured(config: ModelConfig, tmp_path: Path) -> None:
+    session = torch_session(write_random(tmp_path / "m", config, 0), "fp64")
     expected = ask(session)
     keys = {key_of(scenario, one) for scenario, said in expected.scenarios for one in said}
     assert keys <= set(expected.limits.noise) and len(keys) > 100
@@ -71,7 +72,7 @@ def test_noise_foretells_the_errors_of_float32_row_by_row() -> None:
     decoder = sharp()
     session, asked = TorchSession(decoder), scenarios(TINY)
     with in_float32(session) as noisy:
-        limits = measure_limits(session, noisy, "fp32", asked)
+        limits = measure_limits(logits_by_row(session, asked), noisy, "fp32", asked)
     found = []
     for scenario in asked:
         for one, other in zip(observe(session, scenario), observe(torch_single(decoder), scenario), strict=True):
@@ -91,7 +92,8 @@ def torch_single(decoder: Decoder) -> TorchSession:
 def test_half_precisions_are_measured_with_their_own_roundings() -> None:
     session = TorchSession(sharp())
     with in_float32(session) as noisy:
-        found = [measure_limits(session, noisy, one, [ROW]) for one in ("fp32", "fp16", "bf16")]
+        expected = logits_by_row(session, [ROW])
+        found = [measure_limits(expected, noisy, one, [ROW]) for one in ("fp32", "fp16", "bf16")]
     single, half, brain = (float(np.median(list(one.noise.values()))) for one in found)
     assert 1e3 < half / single < 1e5 and brain > 3 * half
 
@@ -99,7 +101,7 @@ def test_half_precisions_are_measured_with_their_own_roundings() -> None:
 def test_a_row_is_found_again_however_it_is_asked() -> None:
     session = TorchSession(sharp())
     with in_float32(session) as noisy:
-        limits = measure_limits(session, noisy, "fp32", [ROW])
+        limits = measure_limits(logits_by_row(session, [ROW]), noisy, "fp32", [ROW])
     in_steps = replace(ROW, num_prompt=(1,))
     for one in observe(session, in_steps):
         assert key_of(in_steps, one) in limits.noise
@@ -113,6 +115,21 @@ def test_what_was_not_measured_is_taken_to_be_the_steepest() -> None:
     assert limits.of(other) == limits.worst == limits.of(key) == NOISE_SAFETY * 1e-3
     assert limits.of(Key(b"c", 0, 0)) == FLOOR * expected_noise(TINY, "fp32")
     assert limits.conditioning == pytest.approx(1e-3 / expected_noise(TINY, "fp32"))
+
+
+@pytest.mark.parametrize("config", [TINY, THREE, TIED], ids=["two", "three", "tied"])
+def test_one_pass_over_whole_rows_gives_what_steps_give(config: ModelConfig, tmp_path: Path) -> None:
+    session = torch_session(write_random(tmp_path / "m", config, 0), "fp64")
+    wanted = [
+        *scenarios(config),
+        Scenario("late", (np.arange(7),), (3,), start=9),
+        replace(scenarios(config)[0], watched_from=20),
+    ]
+    logits = logits_by_row(session, wanted)
+    for scenario in wanted:
+        for one, other in zip(observations_of(scenario, logits, config), observe(session, scenario), strict=True):
+            assert (one.row, one.position, one.predicted) == (other.row, other.position, other.predicted)
+            np.testing.assert_allclose(one.logits, other.logits, rtol=1e-5, atol=1e-6)
 
 
 class Tilted(TorchSession):
@@ -134,7 +151,7 @@ def test_a_fault_that_the_steepest_row_would_hide_is_seen_in_a_flat_one() -> Non
     scenario = scenarios(TINY)[0]
     said = observe(session, scenario)
     with in_float32(session) as noisy:
-        limits = measure_limits(session, noisy, "fp32", [scenario])
+        limits = measure_limits(logits_by_row(session, [scenario]), noisy, "fp32", [scenario])
     by_limit = sorted(said, key=lambda one: limits.of(key_of(scenario, one)))
     flattest = by_limit[0]
     own = limits.of(key_of(scenario, flattest))

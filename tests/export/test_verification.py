@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from motrt.errors import BundleError, CheckpointError, InputError
 from motrt.export.parity.findings import Outcome
 from motrt.export.parity.hostile import hostile_scenarios, remarkable_ids
-from motrt.export.parity.scenarios import observe, observe_together, scenarios
 from motrt.export.parity.token_file import MOST_TOKENS, read_token_file
 from motrt.export.verification import VerifyOptions, verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
@@ -188,15 +186,3 @@ def test_the_last_positions_are_within_what_the_model_knows(tiny_checkpoint: Pat
     remarkable = remarkable_ids(TINY, open_checkpoint(tiny_checkpoint).read)
     (last,) = (one for one in hostile_scenarios(TINY, remarkable) if one.name == "the last positions")
     assert max(one.position for one in observe(session, last)) == TINY.max_seq_len - 1
-
-
-def test_a_reference_says_the_same_to_scenarios_together_as_to_each(tiny_checkpoint: Path) -> None:
-    session = torch_session(tiny_checkpoint)
-    asked = [*scenarios(TINY), *hostile_scenarios(TINY, remarkable_ids(TINY, open_checkpoint(tiny_checkpoint).read))]
-    for scenario, together in zip(asked, observe_together(session, asked), strict=True):
-        alone = observe(session, scenario)
-        assert [(one.row, one.position, one.predicted) for one in together] == [
-            (one.row, one.position, one.predicted) for one in alone
-        ]
-        for one, other in zip(together, alone, strict=True):
-            np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-5)
