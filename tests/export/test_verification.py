@@ -10,6 +10,7 @@ import torch
 from motrt.errors import BundleError, CheckpointError, InputError
 from motrt.export.parity.findings import Outcome
 from motrt.export.parity.hostile import hostile_scenarios, remarkable_ids
+from motrt.export.parity.scenarios import observe
 from motrt.export.parity.token_file import MOST_TOKENS, read_token_file
 from motrt.export.verification import VerifyOptions, verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
