@@ -54,8 +54,8 @@ class DoctoredTrained(Doctored):
 
     def tensor(self, name: str) -> TensorProto:
         names = set(self.names())
-        routes = (*self.config.modality_names, "shared")
-        others = [name.replace(f".{one}.", f".{other}.") for one in routes for other in routes]
+        routes = {"text", "audio", "shared", *self.config.modality_names}
+        others = [name.replace(f".{one}.", f".{other}.") for one in sorted(routes) for other in sorted(routes)]
         return super().tensor(next(one for one in (name, *others) if one in names))
 
 

@@ -7,14 +7,15 @@ are given such errors: then its result is off by u sqrt(sum of (w x)^2), and not
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from math import sqrt
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Drawn once and read from a random place each time: drawing anew costs more than the products that it disturbs.
-_POOL_SIZE = (1 << 21) + 7
+MOST_AT_ONCE, _PLACES = 1 << 20, 1 << 20
 
 
 class RelativeErrors:
@@ -26,17 +27,26 @@ class RelativeErrors:
     """
 
     def __init__(self, size: float, seed: int = 0) -> None:
-        self._chance = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(_POOL_SIZE, generator=self._chance, dtype=torch.float64)
-        self._pool = (2.0 * drawn - 1.0) * (size * sqrt(3.0))
+        self._size, self._pool = size, _unit_errors(seed)
+        self._chance = Random(seed)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return ``x``, of any shape, with an error in each element."""
-        if x.numel() >= _POOL_SIZE:
-            return torch.cat([self.apply(half) for half in x.chunk(2)]) if len(x) > 1 else self.apply(x[0])[None]
-        start = int(torch.randint(_POOL_SIZE - x.numel(), (1,), generator=self._chance))
-        errors = self._pool[start : start + x.numel()].to(x).view(x.shape)
-        return x + x * errors
+        flat = x.reshape(-1)
+        pieces = [flat[start : start + MOST_AT_ONCE] for start in range(0, len(flat), MOST_AT_ONCE)]
+        disturbed = [piece + piece * self._errors(len(piece)).to(piece) for piece in pieces]
+        return torch.cat(disturbed).view(x.shape) if disturbed else x
+
+    def _errors(self, count: int) -> Tensor:
+        start = self._chance.randrange(len(self._pool) - count)
+        return self._pool[start : start + count] * self._size
+
+
+@lru_cache(maxsize=8)
+def _unit_errors(seed: int) -> Tensor:
+    """Return errors of root mean square 1, to be read from any place: drawing anew costs more than what they disturb."""
+    drawn = torch.rand(MOST_AT_ONCE + _PLACES, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return (2.0 * drawn - 1.0) * sqrt(3.0)
 
 
 @contextmanager
