@@ -12,14 +12,25 @@ from typing import Any, Literal, cast
 
 from motrt.errors import ConfigError, InputError, raise_all
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.parameters import Parameter, parameters, together_name
+from motrt.model_def.parameters import SHARED_HEAD, Parameter, is_hidden_product, layer_of, parameters, together_name
 
 Stored = Literal["int8", "int4", "fp8", "fp16"]
 Scales = Literal["absmax", "search"]
+Calibration = Literal["none", "sampled", "file"]
 
 STORED: tuple[Stored, ...] = ("int8", "int4", "fp8", "fp16")
 SCALES: tuple[Scales, ...] = ("absmax", "search")
+CALIBRATIONS: tuple[Calibration, ...] = ("none", "sampled", "file")
 QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
+
+# The weights of an expert that multiply its hidden activations: what a nonlinearity gave, a few channels of which are large.
+HIDDEN = "hidden"
+_SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
+
+# Models narrower than this keep 8 bits where 4 lose most: in a sum of few products fewer errors cancel (docs/decisions/0025).
+# The first and the last layer are among those, where they are a small share of the model.
+NARROW_WIDTH = 1024
+FEWEST_LAYERS_WITH_EDGES = 8
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
 CODE_RANGE: dict[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7), "fp8": (-448, 448)}
@@ -98,11 +109,13 @@ class CodedWeight:
         name: that its initializers are called by.
         parts: the weights that it holds.
         how: their format.
+        is_tied: whether it is the embedding of a model whose head is tied to it: rows are gathered, and multiplied by.
     """
 
     name: str
     parts: tuple[Parameter, ...]
     how: WeightFormat
+    is_tied: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,7 +125,7 @@ class CodedWeight:
     @property
     def is_table(self) -> bool:
         """Whether it is the embedding, whose rows are gathered and not multiplied by."""
-        return self.parts[0].part == "embedding"
+        return self.parts[0].part == "embedding" and not self.is_tied
 
     def rows_of(self, name: str) -> slice:
         """Which outputs are those of the weight called ``name``."""
@@ -129,24 +142,31 @@ class Quantization:
     """The format of every weight of a model.
 
     Attributes:
-        formats: (selector, format) pairs. A selector is a part (``attention``, ``expert``, ``head``, ``embedding``), a modality
-            (``audio``), or both (``expert.audio``); of those that fit a weight the last counts. Format None: not quantised.
+        formats: (selector, format) pairs. A selector is a part (``attention``, ``expert``, ``head``, ``embedding``, or
+            ``hidden``: what an expert multiplies its hidden activations by), a modality (``audio``), both (``expert.audio``),
+            or a layer (``layers.0``); of those that fit a weight the last counts. Format None: not quantised.
         scales: ``absmax`` takes each block's largest magnitude to the largest code, ``search`` tries several scales and keeps
             the one that loses least.
         signed: whether ``search`` may choose negative scales, which give positive weights the further end of an uneven range
             of codes (-8 to 7). onnxruntime takes them; TensorRT does not.
         packed: whether q, k and v of one route are one product: on a CPU a product has a cost of its own, and narrow ones are
             slow. TensorRT packs by itself.
+        tied: whether the codes of the embedding are those of the head too, stored once.
+        calibration: which sequences ``search`` weighed errors by: ``none``, those that the model ``sampled``, or a ``file``.
     """
 
     formats: tuple[tuple[str, WeightFormat | None], ...]
     scales: Scales = "search"
     signed: bool = False
     packed: bool = False
+    tied: bool = False
+    calibration: Calibration = "none"
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise ConfigError(f"scales must be one of {', '.join(SCALES)} ({self.scales!r} came)")
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(f"calibration must be one of {', '.join(CALIBRATIONS)} ({self.calibration!r} came)")
 
     @classmethod
     def usual(
@@ -161,6 +181,8 @@ class Quantization:
         by_output: Sequence[Stored] = ("fp8",),
         signed: bool = False,
         packed: bool = False,
+        at_8_bits: Sequence[str] = (),
+        calibration: Calibration = "none",
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
 
@@ -176,6 +198,8 @@ class Quantization:
             by_output: types that have one scale per output where no block size is given.
             signed: whether scales may be negative.
             packed: whether q, k and v are one product.
+            at_8_bits: parts that are int8 whatever ``stored`` is, where nothing else is said of them.
+            calibration: what errors are weighed by.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
@@ -189,9 +213,11 @@ class Quantization:
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
+        pairs += [(part, how("int8", None, False)) for part in at_8_bits]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
-        made = cls(tuple(pairs), scales, signed, packed)
+        tied = config.tied_embeddings and any(format is not None for selector, format in pairs if selector == "embedding")
+        made = cls(tuple(pairs), scales, signed, packed, tied, calibration)
         raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
         return made
 
@@ -204,7 +230,7 @@ class Quantization:
         """How ``parameter`` is stored; None: in the graph's own precision."""
         if len(parameter.shape) != 2 or parameter.part not in QUANTIZED_PARTS:
             return None
-        mine = (parameter.part, str(parameter.modality), f"{parameter.part}.{parameter.modality}")
+        mine = _selectors_of(parameter)
         return next((one for selector, one in reversed(self.formats) if selector in mine), None)
 
     def coded_weights(self, wanted: Sequence[Parameter]) -> tuple[CodedWeight, ...]:
@@ -216,8 +242,13 @@ class Quantization:
                 continue
             name = together_name(one) if self.packed else one.name
             beside = found.get(name)  # of the same part and modality, so of the same format
-            found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how)
+            is_tied = self.tied and one.part == "embedding"
+            found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how, is_tied)
         return tuple(found.values())
+
+    def weighs_errors_of(self, how: WeightFormat) -> bool:
+        """Whether scales of this format were chosen by errors that count by their inputs: at 8 bits it would win nothing."""
+        return self.calibration != "none" and self.scales == "search" and how.stored == "int4"
 
     def activation_block(self, config: ModelConfig) -> int | None:
         """Activations that share one 8-bit scale where onnxruntime multiplies codes on a CPU; None: it multiplies none.
@@ -227,11 +258,15 @@ class Quantization:
         return max(self.activation_blocks(config).values(), default=None)
 
     def activation_blocks(self, config: ModelConfig) -> dict[str, int]:
-        """The same by weight, for those that are multiplied so."""
+        """The same by weight, for those that are multiplied so; a tied table under the name of the head that it is."""
         coded = [
             one for one in self.coded_weights(parameters(config)) if not one.is_table and one.how.stored in ("int8", "int4")
         ]
-        return {part.name: one.how.block_size or SMALLEST_FUSED_BLOCK for one in coded for part in one.parts}
+        return {
+            SHARED_HEAD if one.is_tied else part.name: one.how.block_size or SMALLEST_FUSED_BLOCK
+            for one in coded
+            for part in one.parts
+        }
 
     def multiplies(self, stored: Stored, config: ModelConfig) -> bool:
         """Whether any product is over codes of this type."""
@@ -244,17 +279,18 @@ class Quantization:
         """Why a model can not be stored so, as sentences; none where it can."""
         names = config.modality_names
         tables = [one for one in parameters(config) if len(one.shape) == 2]
-        known = {*QUANTIZED_PARTS, *names, *(f"{part}.{name}" for part in QUANTIZED_PARTS for name in names)}
+        known = {*_SELECTED_PARTS, *names, *(f"{part}.{name}" for part in _SELECTED_PARTS for name in names)}
+        known |= {layer_name(number) for number in range(config.num_layers)}
         problems = [
-            f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, "
-            f"modalities {', '.join(names)}"
+            f"nothing of this model is called {selector!r}: parts are {', '.join(_SELECTED_PARTS)}, "
+            f"modalities {', '.join(names)}, layers {layer_name(0)} to {layer_name(config.num_layers - 1)}"
             for selector, _ in self.formats
             if selector not in known
         ]
         problems += [
             f"no weight of this model is {selector!r}: that part is the same for all modalities"
             for selector, _ in self.formats
-            if "." in selector and selector in known and not any(selector == f"{one.part}.{one.modality}" for one in tables)
+            if "." in selector and selector in known and not any(selector in _selectors_of(one) for one in tables)
         ]
         coded = [(one, how) for one in parameters(config) if (how := self.format_of(one)) is not None]
         problems += sorted(
@@ -270,8 +306,11 @@ class Quantization:
             problems.append("the embedding is stored as int8 or fp16, or in the graph's own precision")
         if any(one.part == "embedding" and not how.symmetric for one, how in coded):
             problems.append("the embedding takes no zero points")
-        if config.tied_embeddings and coded:
-            problems.append("a head that is tied to the embedding can not be quantised: it must be cut out first")
+        is_coded = any(one.part == "embedding" and how.is_coded for one, how in coded)
+        if config.tied_embeddings and any(one.part == "embedding" and not how.is_coded for one, how in coded):
+            problems.append("a head that is tied to the embedding is stored as int8, or in the graph's own precision")
+        if self.tied != (config.tied_embeddings and is_coded):
+            problems.append(f"tied must be {str(not self.tied).lower()}: whether the embedding's codes are the head's too")
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +319,8 @@ class Quantization:
             "scales": self.scales,
             "signed": self.signed,
             "packed": self.packed,
+            "tied": self.tied,
+            "calibration": self.calibration,
             "formats": [
                 {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))}
                 for selector, one in self.formats
@@ -290,7 +331,8 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        return cls(pairs, values["scales"], bool(values["signed"]), bool(values["packed"]))
+        flags = (bool(values[name]) for name in ("signed", "packed", "tied"))
+        return cls(pairs, values["scales"], *flags, values["calibration"])
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:
@@ -348,6 +390,18 @@ def usual_block_size(config: ModelConfig) -> int | None:
     """The largest block up to 128 that cuts every width of ``config`` evenly; None where not even the smallest does."""
     common = gcd(*(one.shape[1] for one in parameters(config) if len(one.shape) == 2))
     return max((size for size in BLOCK_SIZES if size <= USUAL_BLOCK_SIZE and common % size == 0), default=None)
+
+
+def _selectors_of(parameter: Parameter) -> tuple[str, ...]:
+    """Everything that ``parameter`` is called by in ``formats``."""
+    parts = [parameter.part, *([HIDDEN] if is_hidden_product(parameter) else [])]
+    layer = [layer_name(number)] if (number := layer_of(parameter)) is not None else []
+    return (*parts, str(parameter.modality), *(f"{part}.{parameter.modality}" for part in parts), *layer)
+
+
+def layer_name(number: int) -> str:
+    """What a layer is called in ``formats``."""
+    return f"layers.{number}"
 
 
 def _divisors(width: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from motrt.errors import ConfigError, InputError
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
-from motrt.model_def.parameters import EMBEDDING, Parameter, parameters
+from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, Parameter, parameters
 from motrt.model_def.quantization import (
     Quantization,
     WeightFormat,
@@ -68,9 +68,43 @@ def test_what_can_not_be_is_a_sentence(said: dict[str, object], told: str) -> No
         Quantization.usual("int4", TINY, **said)  # type: ignore[arg-type]
 
 
-def test_a_tied_head_is_not_quantised_where_it_lies() -> None:
-    with pytest.raises(ConfigError, match="tied"):
-        Quantization.usual("int8", TINY.replace(head="shared", tied_embeddings=True))
+TIED = TINY.replace(head="shared", tied_embeddings=True)
+
+
+def test_a_tied_table_is_one_set_of_codes_and_the_heads_activations_are_rounded_in_its_blocks() -> None:
+    formats = Quantization.usual("int4", TIED, table="int8")
+    tables = [one for one in formats.coded_weights(parameters(TIED)) if one.name == EMBEDDING]
+    assert formats.tied and len(tables) == 1 and tables[0].is_tied and not tables[0].is_table
+    assert formats.activation_blocks(TIED)[SHARED_HEAD] == 32 and EMBEDDING not in formats.activation_blocks(TIED)
+    assert Quantization.from_dict(formats.to_dict()).tied
+    apart = Quantization.usual("int4", TINY, table="int8")
+    assert not apart.tied and SHARED_HEAD not in apart.activation_blocks(TINY)
+
+
+def test_a_tied_table_is_int8_or_plain() -> None:
+    assert not Quantization.usual("int8", TIED).tied
+    with pytest.raises(ConfigError, match="tied to the embedding is stored as int8"):
+        Quantization.usual("int8", TIED, table="fp16")
+    wrong = Quantization(Quantization.usual("int8", TIED, table="int8").formats, tied=False)
+    assert wrong.problems(TIED) == ["tied must be true: whether the embedding's codes are the head's too"]
+
+
+def test_a_part_can_be_what_experts_multiply_their_hidden_activations_by() -> None:
+    formats = Quantization.usual("int4", TINY, at_8_bits=("hidden",), overrides=[parse_override("hidden.audio=int4:16")])
+    assert formats.format_of(named("layers.0.feed_forward.text.w2.weight")) == WeightFormat("int8", 32)
+    assert formats.format_of(named("layers.0.feed_forward.audio.fc2.weight")) == WeightFormat("int4", 16)
+    for other in ("text.w1", "text.w3", "audio.fc1", "audio.down_proj", "audio.up_proj"):
+        assert formats.format_of(named(f"layers.0.feed_forward.{other}.weight")) == WeightFormat("int4", 32)
+
+
+def test_errors_are_weighed_at_four_bits_where_there_are_sequences() -> None:
+    four, eight = WeightFormat("int4", 32), WeightFormat("int8", 32)
+    weighed = Quantization.usual("int4", TINY, calibration="sampled")
+    assert weighed.weighs_errors_of(four) and not weighed.weighs_errors_of(eight)
+    assert not Quantization.usual("int4", TINY).weighs_errors_of(four)
+    assert Quantization.from_dict(weighed.to_dict()).calibration == "sampled"
+    with pytest.raises(ConfigError, match="calibration must be one of none, sampled, file"):
+        Quantization.usual("int4", TINY, calibration="guessed")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
