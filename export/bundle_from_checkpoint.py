@@ -36,14 +36,10 @@ from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import (
-    HIDDEN,
-    FEWEST_LAYERS_WITH_EDGES,
-    NARROW_WIDTH,
     Calibration,
     Quantization,
     Scales,
     Stored,
-    layer_name,
     parse_override,
     stored_bytes_of,
 )
@@ -384,20 +380,12 @@ def _stored_as(
             ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks
             signed=target not in ENGINE_TARGETS,
             packed=target == "onnx",
-            at_8_bits=_kept_at_8_bits(stored, config, target),
+            careful=target == "onnx",
             calibration=_calibration(options, types),
         )
     except ConfigError as wrong:  # what was asked for is at fault, and not the model
         raise InputError(str(wrong)) from None
     return activations, quantization
-
-
-def _kept_at_8_bits(stored: Stored, config: ModelConfig, target: Target) -> tuple[str, ...]:
-    """What of a narrow model 4 bits lose most of: see docs/decisions/0025."""
-    if stored != "int4" or target != "onnx" or config.model_width >= NARROW_WIDTH:
-        return ()
-    edges = (0, config.num_layers - 1) if config.num_layers >= FEWEST_LAYERS_WITH_EDGES else ()
-    return ("head", HIDDEN, *map(layer_name, edges))
 
 
 def _calibration(options: QuantizeOptions, types: Set[Stored | None]) -> Calibration:

@@ -27,10 +27,9 @@ QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
 HIDDEN = "hidden"
 _SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
 
-# Models narrower than this keep 8 bits where 4 lose most: in a sum of few products fewer errors cancel (docs/decisions/0025).
-# The first and the last layer are among those, where they are a small share of the model.
-NARROW_WIDTH = 1024
-FEWEST_LAYERS_WITH_EDGES = 8
+# In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks, and
+# 8 bits in the head and in a tenth of their layers at either end (docs/decisions/0025).
+NARROW_WIDTH, NARROW_BLOCK_SIZE, LAYERS_FOR_EACH_EDGE = 1024, 32, 10
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
 CODE_RANGE: dict[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7), "fp8": (-448, 448)}
@@ -181,7 +180,7 @@ class Quantization:
         by_output: Sequence[Stored] = ("fp8",),
         signed: bool = False,
         packed: bool = False,
-        at_8_bits: Sequence[str] = (),
+        careful: bool = False,
         calibration: Calibration = "none",
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
@@ -189,7 +188,7 @@ class Quantization:
         Args:
             stored: of attention, experts and heads.
             config: the model's.
-            block_size: inputs that share a scale; None: ``usual_block_size``.
+            block_size: inputs that share a scale; None: ``usual_block_size``, or smaller ones where that is ``careful``.
             symmetric: whether zero is code 0.
             table: how the embedding is stored; None: in the graph's precision.
             overrides: (selector, type, block size) triples, the last that fits a weight counting; type None is the graph's
@@ -198,22 +197,25 @@ class Quantization:
             by_output: types that have one scale per output where no block size is given.
             signed: whether scales may be negative.
             packed: whether q, k and v are one product.
-            at_8_bits: parts that are int8 whatever ``stored`` is, where nothing else is said of them.
+            careful: whether int4 of a narrow model has smaller blocks, and int8 at its ends, where nothing else is said.
             calibration: what errors are weighed by.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
         """
-        block = block_size or usual_block_size(config)
+        careful = careful and stored == "int4" and config.model_width < NARROW_WIDTH
+        blocks = {kind: block_size or usual_block_size(config) for kind in CODE_RANGE}
+        if careful and block_size is None and (fitting := blocks["int4"]) is not None:
+            blocks["int4"] = min(fitting, NARROW_BLOCK_SIZE)
 
         def how(kind: Stored | None, size: int | None, is_table: bool) -> WeightFormat | None:
             if kind is None or kind == "fp16":
                 return None if kind is None else WeightFormat(kind)
-            usual = block if kind not in by_output else block_size if kind == stored else None
+            usual = blocks[kind] if kind not in by_output else block_size if kind == stored else None
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
-        pairs += [(part, how("int8", None, False)) for part in at_8_bits]
+        pairs += [(part, how("int8", None, False)) for part in (("head", *_edges(config)) if careful else ())]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
         tied = config.tied_embeddings and any(format is not None for selector, format in pairs if selector == "embedding")
@@ -390,6 +392,12 @@ def usual_block_size(config: ModelConfig) -> int | None:
     """The largest block up to 128 that cuts every width of ``config`` evenly; None where not even the smallest does."""
     common = gcd(*(one.shape[1] for one in parameters(config) if len(one.shape) == 2))
     return max((size for size in BLOCK_SIZES if size <= USUAL_BLOCK_SIZE and common % size == 0), default=None)
+
+
+def _edges(config: ModelConfig) -> list[str]:
+    """The layers at either end, by name."""
+    count = config.num_layers // LAYERS_FOR_EACH_EDGE
+    return [layer_name(number) for number in (*range(count), *range(config.num_layers - count, config.num_layers))]
 
 
 def _selectors_of(parameter: Parameter) -> tuple[str, ...]:

@@ -90,11 +90,29 @@ def test_a_tied_table_is_int8_or_plain() -> None:
 
 
 def test_a_part_can_be_what_experts_multiply_their_hidden_activations_by() -> None:
-    formats = Quantization.usual("int4", TINY, at_8_bits=("hidden",), overrides=[parse_override("hidden.audio=int4:16")])
+    overrides = [parse_override("hidden=int8"), parse_override("hidden.audio=int4:16")]
+    formats = Quantization.usual("int4", TINY, overrides=overrides)
     assert formats.format_of(named("layers.0.feed_forward.text.w2.weight")) == WeightFormat("int8", 32)
     assert formats.format_of(named("layers.0.feed_forward.audio.fc2.weight")) == WeightFormat("int4", 16)
     for other in ("text.w1", "text.w3", "audio.fc1", "audio.down_proj", "audio.up_proj"):
         assert formats.format_of(named(f"layers.0.feed_forward.{other}.weight")) == WeightFormat("int4", 32)
+
+
+def test_a_narrow_model_has_smaller_blocks_and_8_bits_at_its_ends() -> None:
+    narrow = TINY.replace(num_layers=21, num_heads=8, head_size=64, num_kv_heads=8, model_width=512)
+    narrow = narrow.replace(modalities=(Modality("text", 256, SwigluExpert(1024)),), head="shared")
+    formats = Quantization.usual("int4", narrow, table="int8", careful=True)
+    four, eight = WeightFormat("int4", 32), WeightFormat("int8", 128)
+    for one in parameters(narrow):
+        if len(one.shape) == 2:
+            ends = ("tok_embeddings", "output", "layers.0.", "layers.1.", "layers.19.", "layers.20.")
+            assert formats.format_of(one) == (eight if one.name.startswith(ends) else four), one.name
+    said = Quantization.usual("int4", narrow, 64, careful=True, overrides=[parse_override("attention=int4")])
+    kinds = {said.format_of(one) for one in parameters(narrow) if one.part == "attention"}
+    assert kinds == {WeightFormat("int4", 64)}
+    wide = ModelConfig.preset("llama-3.2-1b")
+    assert Quantization.usual("int4", wide, careful=True) == Quantization.usual("int4", wide)
+    assert Quantization.usual("int8", narrow, careful=True) == Quantization.usual("int8", narrow)
 
 
 def test_errors_are_weighed_at_four_bits_where_there_are_sequences() -> None:
