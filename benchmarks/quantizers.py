@@ -20,7 +20,6 @@ from typing import Any
 
 import click
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -34,10 +33,10 @@ from motrt.export.quantized_weights import QuantizedWeights
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.decoder import Decoder
-from motrt.model_def.head_surgery import Read, with_head
+from motrt.model_def.head_surgery import with_head
 from motrt.model_def.parameters import Parameter, parameters
 from motrt.model_def.quantization import stored_bytes_of
-from motrt.runtime.bundle import MODEL_FILE, Bundle, open_bundle
+from motrt.runtime.bundle import Bundle, open_bundle
 from motrt.runtime.step_inputs import modality_of_ids
 
 SCALE_BITS = 32  # as wide as the activations: that is what the operator takes
@@ -48,7 +47,11 @@ OTHERS: dict[str, tuple[int, bool, Callable[[int, bool], Any]]] = {
     for block in (64, 32)
     for name, has_zero_points, make in (
         ("RTN", False, lambda block, zero: nbits.DefaultWeightOnlyQuantConfig(block, not zero, accuracy_level=1)),
-        ("RTN with zero points", True, lambda block, zero: nbits.DefaultWeightOnlyQuantConfig(block, not zero, accuracy_level=1)),
+        (
+            "RTN with zero points",
+            True,
+            lambda block, zero: nbits.DefaultWeightOnlyQuantConfig(block, not zero, accuracy_level=1),
+        ),
         ("HQQ", True, lambda block, zero: nbits.HQQWeightOnlyQuantConfig(block)),
         ("k-quant", True, lambda block, zero: nbits.KQuantWeightOnlyQuantConfig()),
     )
@@ -71,7 +74,8 @@ class Measured:
 
 def perplexity(decoder: Decoder, sequences: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
     """Of each predicted modality: the exponential of the mean surprise at the next id."""
-    config, surprises = decoder.config, {name: [] for name in decoder.config.modality_names}
+    config = decoder.config
+    surprises: dict[str, list[Tensor]] = {name: [] for name in config.modality_names}
     for ids in sequences:
         modality = torch.from_numpy(modality_of_ids(ids, config))
         row, count = torch.from_numpy(ids)[None], len(ids) - 1
@@ -106,9 +110,7 @@ def of_bundle(bundle: Bundle, checkpoint: Checkpoint, sequences: Sequence[np.nda
     return Measured(name, found, bits_of(config, stored_bytes_of(config, how, 4), checkpoint), time.perf_counter() - started)
 
 
-def of_onnxruntime(
-    name: str, checkpoint: Checkpoint, first: Bundle, sequences: Sequence[np.ndarray[Any, Any]]
-) -> Measured:
+def of_onnxruntime(name: str, checkpoint: Checkpoint, first: Bundle, sequences: Sequence[np.ndarray[Any, Any]]) -> Measured:
     """Attention and experts as onnxruntime's quantiser has them."""
     block, has_zero_points, make = OTHERS[name]
     config, how = first.config, first.manifest.quantization

@@ -79,8 +79,8 @@ class QuantizeOptions:
         symmetric: whether zero is code 0; else every block has a zero point.
         parts: what is stored otherwise: ``head=int8``, ``expert.audio=int4:32``, ``embedding=none``.
         scales: ``search`` or ``absmax``.
-        calibrate: what ``search`` weighs errors at 4 bits by: a file of sequences (see ``parity.token_file``), ``none``, or, with
-            None, sequences that the model samples.
+        calibrate: what ``search`` weighs errors at 4 bits by: a file of sequences (see ``parity.token_file``), ``none``, or,
+            with None, sequences that the model samples.
         activations: precision that is computed in: None: fp32 for ``--target onnx``, fp16 for GPUs.
     """
 

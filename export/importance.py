@@ -71,14 +71,19 @@ def measure_importance(config: ModelConfig, read: Read, rows: Tensor | None, adv
     decoder = _WatchedDecoder(config, counted, torch.float32)
     rows = sample_rows(decoder) if rows is None else rows
     decoder.forget()
-    for part in rows.split(max(1, TOKENS_PER_PASS // rows.shape[1])):
+    for part in _passes(rows):
         _logits(decoder, part, torch.arange(0, part.numel(), LOGITS_EVERY))
     return decoder.mean_squares()
 
 
 def num_passes(rows: Tensor | None) -> int:
     """How often ``measure_importance`` reads all weights."""
-    return NUM_ROUNDS + 1 if rows is None else len(rows.split(max(1, TOKENS_PER_PASS // rows.shape[1])))
+    return NUM_ROUNDS + 1 if rows is None else len(_passes(rows))
+
+
+def _passes(rows: Tensor) -> tuple[Tensor, ...]:
+    count = max(1, TOKENS_PER_PASS // rows.shape[1])
+    return tuple(rows[start : start + count] for start in range(0, len(rows), count))
 
 
 def sample_rows(decoder: StreamedDecoder, seed: int = 11) -> Tensor:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from motrt.model_def.quantization import CODE_RANGE, Scales, WeightFormat
 
-# Shares of the absmax scale that ``search`` tries, and how often the best is fitted to its codes: of normally distributed weights
-# ten shares and three fittings lose 0.2% less (blocks of 32 to 128), and take half as long again.
-SEARCHED_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75)
+# Shares of the absmax scale that ``search`` tries, and how often the best is fitted to its codes: of normally distributed
+# weights ten shares and three fittings lose 0.2% less (blocks of 32 to 128), and take half as long again.
+SEARCHED_SHARES: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75)
 NUM_REFINEMENTS = 2
 
 # The most that a block loses under weighed scales, in plain squares, as a multiple of what it loses under the usual one.

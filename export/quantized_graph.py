@@ -234,8 +234,8 @@ def _dequantize_behind_gather(model: ir.Model, gather: ir.Node, coded: CodedWeig
 def _gather_columns(model: ir.Model, lookups: list[ir.Node], coded: CodedWeight, stored: dict[str, ir.Value]) -> None:
     """Let lookups of a tied table read the codes that the head multiplies by, which lie [m, rows].
 
-    By way of ``Transpose``, which onnxruntime does once, when it loads the graph: of codes that anything else than the product's
-    ``DequantizeLinear`` reads it makes no product of codes (1.32 tried).
+    By way of ``Transpose``, which onnxruntime does once, when it loads the graph: of codes that anything else than the
+    product's ``DequantizeLinear`` reads it makes no product of codes (1.32 tried).
     """
     rows_first = {}
     for name, kept in stored.items():

@@ -27,8 +27,8 @@ QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
 HIDDEN = "hidden"
 _SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
 
-# In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks, and
-# 8 bits in the head and in a tenth of their layers at either end (docs/decisions/0025).
+# In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks,
+# and 8 bits in the head and in a tenth of their layers at either end (docs/decisions/0025).
 NARROW_WIDTH, NARROW_BLOCK_SIZE, LAYERS_FOR_EACH_EDGE = 1024, 32, 10
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
@@ -333,8 +333,8 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        flags = (bool(values[name]) for name in ("signed", "packed", "tied"))
-        return cls(pairs, values["scales"], *flags, values["calibration"])
+        signed, packed, tied = (bool(values[name]) for name in ("signed", "packed", "tied"))
+        return cls(pairs, values["scales"], signed, packed, tied, values["calibration"])
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:

@@ -196,7 +196,10 @@ def test_sequences_that_are_for_nothing_are_refused_before_anything_is_done(
 
 
 def test_weighed_scales_may_lose_more_than_the_usual_ones_and_only_so_much(int4: Path, make_checkpoint: MakeCheckpoint) -> None:
-    held, read = QuantizedWeights(int4 / "model.onnx", EQUAL, quantization_of(int4)), open_checkpoint(make_checkpoint(EQUAL)).read
+    held, read = (
+        QuantizedWeights(int4 / "model.onnx", EQUAL, quantization_of(int4)),
+        open_checkpoint(make_checkpoint(EQUAL)).read,
+    )
     plain = QuantizedWeights(int4 / "model.onnx", EQUAL, replace(quantization_of(int4), calibration="none"))
     four = [one for one in held.coded if one.how.stored == "int4"]
     assert all(held.problem(one, read) is None for one in held.coded)
