@@ -381,6 +381,7 @@ def _stored_as(
             signed=target not in ENGINE_TARGETS,
             packed=target == "onnx",
             careful=target == "onnx",
+            half_scales=target == "onnx" and activations == "fp32",
             calibration=_calibration(options, types),
         )
     except ConfigError as wrong:  # what was asked for is at fault, and not the model

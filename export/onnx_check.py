@@ -255,8 +255,8 @@ def dequantize_problems(
 
 
 def _table_behind(name: str, producers: Mapping[str, onnx.NodeProto]) -> str:
-    """The initializer that ``name`` is, or that its rows were gathered from, of a tied table its columns."""
-    for kind in ("Gather", "Transpose"):
+    """The initializer that ``name`` is, or that its rows (of a tied table its columns) were gathered from, or that was cast."""
+    for kind in ("Gather", "Transpose", "Cast"):
         if name in producers and producers[name].op_type == kind:
             name = str(producers[name].input[0])
     return name

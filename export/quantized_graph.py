@@ -48,17 +48,17 @@ def stored_specs(config: ModelConfig, quantization: Quantization | None, dtype: 
         elif not how.is_coded:
             found[one.name] = (CODE_TYPES[how.stored], one.shape)
     for coded in quantization.coded_weights(graph.parameters(config)) if quantization else ():
-        found |= _coded_specs(coded, plain)
+        found |= _coded_specs(coded, ir.DataType.FLOAT16 if quantization and quantization.half_scales else plain)
     return found
 
 
-def _coded_specs(one: CodedWeight, plain: ir.DataType) -> Specs:
+def _coded_specs(one: CodedWeight, of_scales: ir.DataType) -> Specs:
     (out, width), how = one.shape, one.how
     blocks = how.num_blocks(width)
     codes, scales = (width, out), (out,) if how.block_size is None else (blocks, out)
     if one.is_table:
         codes, scales = (out, width), (out, blocks)
-    specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (plain, scales)}
+    specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (of_scales, scales)}
     return specs if how.symmetric else specs | {zero_points_of(one.name): (CODE_TYPES[how.stored], scales)}
 
 
@@ -80,8 +80,10 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
         if how is not None and not how.is_coded:
             _cast_behind_gather(model, model.graph.initializers[one.name], how, dtype)
     for coded in quantization.coded_weights(held):
-        specs = _coded_specs(coded, _ir_type(dtype))
+        specs = _coded_specs(coded, ir.DataType.FLOAT16 if quantization.half_scales else _ir_type(dtype))
         stored = {name: _without_value(model, name, kind, dims) for name, (kind, dims) in specs.items()}
+        if quantization.half_scales:
+            stored[scales_of(coded.name)] = _widened(model, stored[scales_of(coded.name)], dtype)
         uses = [(use.node, use.idx) for one in coded.parts for use in model.graph.initializers[one.name].uses()]
         if coded.is_tied:
             lookups = [node for node, place in uses if node.op_type == "Gather" and place == 0]
@@ -99,6 +101,14 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
             del model.graph.initializers[one.name]
     if quantization.packed:
         _combine_once(model)
+
+
+def _widened(model: ir.Model, scales: ir.Value, dtype: str) -> ir.Value:
+    """Scales in the type of activations, which ``DequantizeLinear`` gives: cast once, when the graph is loaded."""
+    cast = ir.node("Cast", [scales], {"to": _ir_type(dtype).value}, name=f"{scales.name}/Cast")
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(_ir_type(dtype)), scales.shape
+    model.graph.insert_before(model.graph[0], [cast])
+    return cast.outputs[0]
 
 
 def _multiplies_by(node: ir.Node, place: int) -> bool:
@@ -243,7 +253,7 @@ def _gather_columns(model: ir.Model, lookups: list[ir.Node], coded: CodedWeight,
         turned.outputs[0].type = kept.type
         assert kept.shape is not None
         turned.outputs[0].shape = ir.Shape(kept.shape.numpy()[::-1])
-        model.graph.insert_before(model.graph[0], [turned])
+        model.graph.insert_before(lookups[0], [turned])
         rows_first[name] = turned.outputs[0]
     for node in lookups:
         _dequantize_behind_gather(model, node, coded, rows_first)
@@ -322,7 +332,8 @@ class CodeSource:
         read: Read,
         importance: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._read, self._dtype, self._importance = read, TORCH_DTYPES[dtype], importance or {}
+        self._read, self._importance = read, importance or {}
+        self._dtype = torch.float16 if quantization.half_scales else TORCH_DTYPES[dtype]
         self._quantization = quantization
         self._coded = quantization.coded_weights(parameters(config))
         self._halves = [one.name for one in parameters(config) if (how := quantization.format_of(one)) and not how.is_coded]

@@ -28,8 +28,9 @@ HIDDEN = "hidden"
 _SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
 
 # In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks,
-# and 8 bits in the head and in a tenth of their layers at either end (docs/decisions/0025).
-NARROW_WIDTH, NARROW_BLOCK_SIZE, LAYERS_FOR_EACH_EDGE = 1024, 32, 10
+# and 8 bits where 4 lose most: in the head, in what reads hidden activations, and, where that is a small share of the model,
+# in the first and the last layer (docs/decisions/0025).
+NARROW_WIDTH, NARROW_BLOCK_SIZE, FEWEST_LAYERS_WITH_EDGES = 1024, 32, 10
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
 CODE_RANGE: dict[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7), "fp8": (-448, 448)}
@@ -151,6 +152,8 @@ class Quantization:
         packed: whether q, k and v of one route are one product: on a CPU a product has a cost of its own, and narrow ones are
             slow. TensorRT packs by itself.
         tied: whether the codes of the embedding are those of the head too, stored once.
+        half_scales: whether scales are stored in float16 where the graph computes in float32. They are as wide as activations
+            in memory, and take half of it in the file: in blocks of 32 half a bit of a weight.
         calibration: which sequences ``search`` weighed errors by: ``none``, those that the model ``sampled``, or a ``file``.
     """
 
@@ -159,6 +162,7 @@ class Quantization:
     signed: bool = False
     packed: bool = False
     tied: bool = False
+    half_scales: bool = False
     calibration: Calibration = "none"
 
     def __post_init__(self) -> None:
@@ -181,6 +185,7 @@ class Quantization:
         signed: bool = False,
         packed: bool = False,
         careful: bool = False,
+        half_scales: bool = False,
         calibration: Calibration = "none",
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
@@ -198,6 +203,7 @@ class Quantization:
             signed: whether scales may be negative.
             packed: whether q, k and v are one product.
             careful: whether int4 of a narrow model has smaller blocks, and int8 at its ends, where nothing else is said.
+            half_scales: whether scales are stored in float16.
             calibration: what errors are weighed by.
 
         Raises:
@@ -215,11 +221,11 @@ class Quantization:
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
-        pairs += [(part, how("int8", None, False)) for part in (("head", *_edges(config)) if careful else ())]
+        pairs += [(part, how("int8", None, False)) for part in (("head", HIDDEN, *_edges(config)) if careful else ())]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
         tied = config.tied_embeddings and any(format is not None for selector, format in pairs if selector == "embedding")
-        made = cls(tuple(pairs), scales, signed, packed, tied, calibration)
+        made = cls(tuple(pairs), scales, signed, packed, tied, half_scales, calibration)
         raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
         return made
 
@@ -251,6 +257,10 @@ class Quantization:
     def weighs_errors_of(self, how: WeightFormat) -> bool:
         """Whether scales of this format were chosen by errors that count by their inputs: at 8 bits it would win nothing."""
         return self.calibration != "none" and self.scales == "search" and how.stored == "int4"
+
+    def scale_bytes(self, itemsize: int) -> int:
+        """Bytes of a stored scale, where activations take ``itemsize``."""
+        return 2 if self.half_scales else itemsize
 
     def activation_block(self, config: ModelConfig) -> int | None:
         """Activations that share one 8-bit scale where onnxruntime multiplies codes on a CPU; None: it multiplies none.
@@ -322,6 +332,7 @@ class Quantization:
             "signed": self.signed,
             "packed": self.packed,
             "tied": self.tied,
+            "half_scales": self.half_scales,
             "calibration": self.calibration,
             "formats": [
                 {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))}
@@ -333,8 +344,8 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        signed, packed, tied = (bool(values[name]) for name in ("signed", "packed", "tied"))
-        return cls(pairs, values["scales"], signed, packed, tied, values["calibration"])
+        signed, packed, tied, half = (bool(values[name]) for name in ("signed", "packed", "tied", "half_scales"))
+        return cls(pairs, values["scales"], signed, packed, tied, half, values["calibration"])
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:
@@ -385,7 +396,8 @@ def stored_bytes_of(
         (one, quantization.format_of(one) if quantization else None)
         for one in (parameters(config) if wanted is None else wanted)
     ]
-    return sum(one.numel * itemsize if how is None else how.num_bytes(one, itemsize) for one, how in formats)
+    scale_bytes = itemsize if quantization is None else quantization.scale_bytes(itemsize)
+    return sum(one.numel * itemsize if how is None else how.num_bytes(one, scale_bytes) for one, how in formats)
 
 
 def usual_block_size(config: ModelConfig) -> int | None:
@@ -395,9 +407,9 @@ def usual_block_size(config: ModelConfig) -> int | None:
 
 
 def _edges(config: ModelConfig) -> list[str]:
-    """The layers at either end, by name."""
-    count = config.num_layers // LAYERS_FOR_EACH_EDGE
-    return [layer_name(number) for number in (*range(count), *range(config.num_layers - count, config.num_layers))]
+    """The first and the last layer, by name; none of a model that has few."""
+    is_deep = config.num_layers >= FEWEST_LAYERS_WITH_EDGES
+    return [layer_name(number) for number in (0, config.num_layers - 1)] if is_deep else []
 
 
 def _selectors_of(parameter: Parameter) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ from motrt.model_def.quantization import (
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, load_whole, save_whole, set_weight, weight
+from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, Weight, load_whole, save_whole, set_weight, weight
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
 
@@ -169,7 +169,7 @@ def test_where_a_table_can_not_be_the_head_the_head_is_cut_out(
 
 
 def test_scales_are_weighed_by_the_models_own_sequences_a_files_or_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file, held = tmp_path / "ids.jsonl", {}
+    file, held = tmp_path / "ids.jsonl", dict[str, Weight]()
     file.write_text("\n".join(["[1, 2, 3, 4, 5, 6, 7, 8]", '{"ids": [9, 8, 7, 6, 120, 121, 122]}']))
     for name, said in (("sampled", None), ("file", str(file)), ("none", "none")):
         out = exported(tiny_checkpoint, tmp_path / name, "int4", calibrate=said)

@@ -99,20 +99,29 @@ def test_a_part_can_be_what_experts_multiply_their_hidden_activations_by() -> No
 
 
 def test_a_narrow_model_has_smaller_blocks_and_8_bits_at_its_ends() -> None:
-    narrow = TINY.replace(num_layers=21, num_heads=8, head_size=64, num_kv_heads=8, model_width=512)
+    narrow = TINY.replace(num_layers=10, num_heads=8, head_size=64, num_kv_heads=8, model_width=512)
     narrow = narrow.replace(modalities=(Modality("text", 256, SwigluExpert(1024)),), head="shared")
     formats = Quantization.usual("int4", narrow, table="int8", careful=True)
     four, eight = WeightFormat("int4", 32), WeightFormat("int8", 128)
     for one in parameters(narrow):
         if len(one.shape) == 2:
-            ends = ("tok_embeddings", "output", "layers.0.", "layers.1.", "layers.19.", "layers.20.")
-            assert formats.format_of(one) == (eight if one.name.startswith(ends) else four), one.name
+            is_careful = one.name.startswith(("tok_embeddings", "output", "layers.0.", "layers.9.")) or ".w2." in one.name
+            assert formats.format_of(one) == (eight if is_careful else four), one.name
+    shallow = Quantization.usual("int4", narrow.replace(num_layers=9), careful=True)
+    assert not [selector for selector, _ in shallow.formats if selector.startswith("layers")]
     said = Quantization.usual("int4", narrow, 64, careful=True, overrides=[parse_override("attention=int4")])
     kinds = {said.format_of(one) for one in parameters(narrow) if one.part == "attention"}
     assert kinds == {WeightFormat("int4", 64)}
     wide = ModelConfig.preset("llama-3.2-1b")
     assert Quantization.usual("int4", wide, careful=True) == Quantization.usual("int4", wide)
     assert Quantization.usual("int8", narrow, careful=True) == Quantization.usual("int8", narrow)
+
+
+def test_half_scales_are_counted_as_two_bytes() -> None:
+    whole, half = (Quantization.usual("int8", TINY, 32, table="int8", half_scales=is_half) for is_half in (False, True))
+    num_scales = sum(one.numel // 32 for one in parameters(TINY) if len(one.shape) == 2)
+    assert stored_bytes_of(TINY, whole, 4) - stored_bytes_of(TINY, half, 4) == 2 * num_scales
+    assert Quantization.from_dict(half.to_dict()).half_scales and half.scale_bytes(4) == 2
 
 
 def test_errors_are_weighed_at_four_bits_where_there_are_sequences() -> None:
