@@ -338,8 +338,8 @@ def scales_read_from_another(model: onnx.ModelProto) -> None:
     """Both stored right, and each read where the other should be."""
     other = {scales_of(FIRST): scales_of(SECOND), scales_of(SECOND): scales_of(FIRST)}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[1] in other:
-            node.input[1] = other[node.input[1]]
+        if node.op_type == "Cast" and node.input[0] in other:
+            node.input[0] = other[node.input[0]]
 
 
 def one_code(model: onnx.ModelProto) -> None:
