@@ -189,7 +189,8 @@ def main(
     json_file: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
-    logging.getLogger(nbits.__name__).setLevel(logging.ERROR)  # it tells of every weight
+    for name in (nbits.__name__, "neural_compressor"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every weight
     checkpoint = open_checkpoint(folder)
     sequences = read_token_file(tokens, checkpoint.config)
     bundles = [open_bundle(one) for one in folders]
