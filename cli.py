@@ -389,9 +389,14 @@ QUANTIZE_OPTIONS = (
     click.option("--asymmetric", is_flag=True, help="A zero point for every block, too; it does not always lose less."),
     click.option("--part", multiple=True, help="Store a part otherwise: head=int8, expert.audio=int4:32, embedding=none."),
     click.option("--scales", type=click.Choice(["search", "absmax"]), help="How scales are chosen.  [default: search]"),
+    click.option(
+        "--calibrate",
+        metavar="FILE|none",
+        help="JSON lines of ids or text, by whose activations int4 scales are chosen.  [default: sampled from the model]",
+    ),
     click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help="What codes are multiplied in."),
 )
-QUANTIZE_NAMES = ("block_size", "asymmetric", "part", "scales", "activations")
+QUANTIZE_NAMES = ("block_size", "asymmetric", "part", "scales", "calibrate", "activations")
 
 
 def quantize_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -411,7 +416,12 @@ def chosen_quantize_options(precision: str, given: dict[str, Any]) -> Any:
             raise click.UsageError(f"{', '.join(said)}: for --precision {', '.join(QUANTIZED)} alone")
         return None
     return QuantizeOptions(
-        given["block_size"], not given["asymmetric"], given["part"], given["scales"] or "search", given["activations"]
+        block_size=given["block_size"],
+        symmetric=not given["asymmetric"],
+        parts=given["part"],
+        scales=given["scales"] or "search",
+        calibrate=given["calibrate"],
+        activations=given["activations"],
     )
 
 

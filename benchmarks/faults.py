@@ -220,7 +220,7 @@ def scales_read_crosswise(bundle: Doctored) -> None:
     """Both stored right, and each read where the other should be."""
     first, second = (scales_of(_weight(0, f"feed_forward.text.{name}.weight")) for name in ("w1", "w3"))
     other = {first: second, second: first}
-    for node in bundle.nodes("DequantizeLinear"):
+    for node in (*bundle.nodes("DequantizeLinear"), *bundle.nodes("Cast")):  # float16 scales are cast
         node.input[:] = [other.get(name, name) for name in node.input]
 
 

@@ -6,7 +6,7 @@ whatever goes wrong on the way, a failed proof included, leaves nothing.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from motrt.errors import ConfigError, ExportError, InputError, LossError, ParityError
 from motrt.export.answer_from_weights import known_answer
 from motrt.export.engine_from_onnx import EngineOptions, build_engine, refuse_options, weight_bytes
+from motrt.export.importance import Importance, measure_importance, num_passes, rows_of_file
 from motrt.export.onnx_check import check_onnx
 from motrt.export.onnx_from_module import attach_weights, trace, write_derived, write_onnx
 from motrt.export.parity.findings import Report
@@ -34,7 +35,14 @@ from motrt.model_def.graph import ENGINE_TARGETS, OPERATORS, TARGETS, Graph, Ope
 from motrt.model_def.head_surgery import Read, with_head
 from motrt.model_def.health import diagnose, refuse_untrained
 from motrt.model_def.parameters import parameters
-from motrt.model_def.quantization import Quantization, Scales, Stored, parse_override, stored_bytes_of
+from motrt.model_def.quantization import (
+    Calibration,
+    Quantization,
+    Scales,
+    Stored,
+    parse_override,
+    stored_bytes_of,
+)
 from motrt.model_def.signature import DTYPE_OF_PRECISION
 from motrt.runtime.backends import probe
 from motrt.runtime.bundle import (
@@ -71,6 +79,8 @@ class QuantizeOptions:
         symmetric: whether zero is code 0; else every block has a zero point.
         parts: what is stored otherwise: ``head=int8``, ``expert.audio=int4:32``, ``embedding=none``.
         scales: ``search`` or ``absmax``.
+        calibrate: what ``search`` weighs errors at 4 bits by: a file of sequences (see ``parity.token_file``), ``none``, or,
+            with None, sequences that the model samples.
         activations: precision that is computed in: None: fp32 for ``--target onnx``, fp16 for GPUs.
     """
 
@@ -78,6 +88,7 @@ class QuantizeOptions:
     symmetric: bool = True
     parts: tuple[str, ...] = ()
     scales: Scales = "search"
+    calibrate: str | None = None
     activations: str | None = None
 
 
@@ -146,8 +157,10 @@ def export_bundle(
     _refuse_operators(operators, target)
     if max_loss is not None and precision not in QUANTIZED:
         raise InputError(f"--precision {precision} quantises nothing, and takes no --max-loss")
-    config, read = _as_exported(checkpoint, max_seq_len, precision in QUANTIZED)
+    shares_table = precision not in QUANTIZED or _can_share_table(checkpoint.config, target, quantize_options)
+    config, read = _as_exported(checkpoint, max_seq_len, shares_table)
     precision, quantization = _stored_as(precision, quantize_options, config, target)
+    calibration = _calibration_rows(quantization, quantize_options, checkpoint)
     if options is not None:
         refuse_options(options, precision)
     on_gpu = verify and _can_prove_on_gpu(target, options)
@@ -158,7 +171,7 @@ def export_bundle(
         read_tokenizer(checkpoint.tokenizer_path)  # one that can not be read would make a bundle that can not be opened
     if operators is None:  # where they were measured, and proven
         operators = "onnxruntime" if target == "cuda" and precision == "bf16" else "standard"
-    work = _Work(config, precision, quantization, plan_for(target, config, operators), checkpoint, steps)
+    work = _Work(config, precision, quantization, plan_for(target, config, operators), checkpoint, steps, calibration)
     with new_folder(out, work.num_bytes(compiled=options is not None), ExportError) as folder:
         with steps.step("look at the weights", checkpoint.num_bytes) as advance:
             refuse_untrained(diagnose(checkpoint.config, _counting(checkpoint.read, advance)), allow_untrained)
@@ -206,6 +219,7 @@ class _Work:
     graphs: tuple[Graph, ...]
     checkpoint: Checkpoint
     steps: Steps
+    calibration: Tensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -228,7 +242,7 @@ class _Work:
             model = trace(self.config, self.dtype, quantization=self.quantization)
             attach_weights(model, self.config, self.dtype, read)
         if self.quantization is not None:
-            source = CodeSource(self.config, self.quantization, self.dtype, read)
+            source = CodeSource(self.config, self.quantization, self.dtype, read, self._importance(read))
             with self.steps.step("choose the scales", sum(one.numel for one in parameters(self.config)), "parts") as advance:
                 source.choose(advance)
             source.attach(model)
@@ -243,6 +257,15 @@ class _Work:
             for graph in self.graphs:
                 check_onnx(folder / graph.file_name, self.config, self.dtype, graph, self.quantization)
             return check_onnx(folder / MODEL_FILE, self.config, self.dtype, quantization=self.quantization)
+
+    def _importance(self, read: Read) -> Importance:
+        """Of each input of each weight, where any scale is chosen by it."""
+        how, held = self.quantization, parameters(self.config)
+        if how is None or not any(how.weighs_errors_of(one.how) for one in how.coded_weights(held)):
+            return {}
+        total = sum(one.numel for one in held) * num_passes(self.calibration)
+        with self.steps.step("see which inputs are large", total, "parts") as advance:
+            return measure_importance(self.config, read, self.calibration, advance)
 
     def weight_places(self, folder: Path) -> dict[str, tuple[int, int]]:
         return weight_places(folder / MODEL_FILE, (one.name for one in parameters(self.config)), self.dtype)
@@ -283,16 +306,29 @@ def _engine_options(target: Target, options: EngineOptions | None) -> EngineOpti
     return None
 
 
-def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None, is_quantized: bool) -> tuple[ModelConfig, Read]:
+def _can_share_table(config: ModelConfig, target: Target, options: QuantizeOptions | None) -> bool:
+    """Whether a quantised table can be the head that is tied to it: on a CPU, unless parts say otherwise.
+
+    Elsewhere a table is held in the graph's precision and a head is a product of its own. Of several modalities, each would
+    read the others' rows at every step.
+    """
+    said = [parse_override(part) for part in options.parts] if options is not None else []
+    is_apart = any(
+        selector.startswith("head") or (selector.startswith("embedding") and kind != "int8") for selector, kind, _ in said
+    )
+    return target == "onnx" and len(config.modalities) == 1 and not is_apart
+
+
+def _as_exported(checkpoint: Checkpoint, max_seq_len: int | None, shares_table: bool) -> tuple[ModelConfig, Read]:
     """The configuration and weights that the graph gets.
 
     A shared head is cut into split ones, exactly: filtering makes the other rows dead weight, and an audio step would
-    read 127 times more of them. A tied head stays the embedding table: cutting it would store it twice. Quantised it is cut
-    out all the same: a product and a table of rows want their codes laid differently.
+    read 127 times more of them. A tied head stays the embedding table (cutting it would store it twice), but where it is
+    quantised and can not be (``shares_table``).
     """
     config: ModelConfig = checkpoint.config
     read: Read = checkpoint.read
-    if (is_quantized and config.tied_embeddings) or (len(config.modalities) > 1 and not config.tied_embeddings):
+    if not shares_table if config.tied_embeddings else len(config.modalities) > 1:
         config, read = with_head(config, read, "split")
     longest = config.max_seq_len if max_seq_len is None else max_seq_len
     if not 1 <= longest <= MAX_SEQ_LEN:
@@ -350,10 +386,35 @@ def _stored_as(
             ("fp8", "int8") if target in ENGINE_TARGETS else ("fp8",),  # TensorRT unpacks int8 in blocks
             signed=target not in ENGINE_TARGETS,
             packed=target == "onnx",
+            careful=target == "onnx",
+            half_scales=target == "onnx" and activations == "fp32",
+            calibration=_calibration(options, types),
         )
     except ConfigError as wrong:  # what was asked for is at fault, and not the model
         raise InputError(str(wrong)) from None
     return activations, quantization
+
+
+def _calibration(options: QuantizeOptions, types: Set[Stored | None]) -> Calibration:
+    if "int4" not in types:
+        if options.calibrate not in (None, "none"):
+            raise InputError("--calibrate is for weights of 4 bits: at 8 it would win nothing")
+        return "none"
+    if options.scales == "absmax" and options.calibrate not in (None, "none"):
+        raise InputError("--calibrate is for --scales search: absmax looks at weights alone")
+    if options.scales == "absmax" or options.calibrate == "none":
+        return "none"
+    return "sampled" if options.calibrate is None else "file"
+
+
+def _calibration_rows(
+    quantization: Quantization | None, options: QuantizeOptions | None, checkpoint: Checkpoint
+) -> Tensor | None:
+    """The sequences of the user's file; None where none was given."""
+    if quantization is None or quantization.calibration != "file":
+        return None
+    assert options is not None and options.calibrate is not None
+    return rows_of_file(Path(options.calibrate), checkpoint)
 
 
 def _refuse_unknown(precision: str) -> None:

@@ -144,7 +144,7 @@ def census_problems(
         expected |= {"Attention": 0, "TensorScatter": 0, "RotaryEmbedding": 0, "RMSNormalization": norms - sums}
         expected |= {ATTENTION: layers, NORM: sums}
     if quantization is not None:
-        expected["DequantizeLinear"] = len(packed)
+        expected["DequantizeLinear"] = len(packed) + sum(one.is_tied for one in packed)  # for rows, and for the product
     if graph.routing != "gather":
         expected["NonZero"] = 0  # compilers that these graphs are made for do not take it
     counts["Gemm"] = counts.get("Gemm", 0) + counts.get("MatMul", 0)
@@ -213,12 +213,13 @@ def dequantize_problems(
     if quantization is None:
         return []
     producers = {output: node for node in model.graph.node for output in node.output}
-    found = {}
+    found: dict[str, list[tuple[tuple[str, ...], int, int]]] = {}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             numbers = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             sources = tuple(_table_behind(name, producers) for name in node.input)
-            found[sources[0]] = (sources[1:], numbers.get("axis", 1), numbers.get("block_size", 0))
+            turned_back = (sources[1:], numbers.get("axis", 1), numbers.get("block_size", 0))
+            found.setdefault(sources[0], []).append(turned_back)
     turned = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] not in producers]
     readers: dict[str, list[tuple[str, int]]] = {node.output[0]: [] for node in turned}
     for node in model.graph.node:
@@ -244,16 +245,21 @@ def dequantize_problems(
     for one in quantization.coded_weights(graph.parameters(config)):
         how = one.how
         scales = (scales_of(one.name), *(() if how.symmetric else (zero_points_of(one.name),)))
-        axis = 1 if one.is_table or how.block_size is None else 0
-        wanted = (scales, axis, how.block_size or (one.shape[1] if one.is_table else 0))
-        if found.get(codes_of(one.name)) != wanted:
-            problems.append(f"{one.name}: {found.get(codes_of(one.name))} turns it back, {wanted} was expected")
+        as_rows = (scales, 1, how.block_size or one.shape[1])
+        as_product = (scales, 1 if how.block_size is None else 0, how.block_size or 0)
+        wanted = [*([as_rows] if one.is_table or one.is_tied else []), *([] if one.is_table else [as_product])]
+        came = found.get(codes_of(one.name), [])
+        if sorted(came) != sorted(wanted):
+            problems.append(f"{one.name}: {came} turns it back, {wanted} was expected")
     return problems
 
 
 def _table_behind(name: str, producers: Mapping[str, onnx.NodeProto]) -> str:
-    """The initializer that ``name`` is, or that its rows were gathered from."""
-    return str(producers[name].input[0]) if name in producers and producers[name].op_type == "Gather" else name
+    """The initializer that ``name`` is, or that its rows (of a tied table its columns) were gathered from, or that was cast."""
+    for kind in ("Gather", "Transpose", "Cast"):
+        if name in producers and producers[name].op_type == kind:
+            name = str(producers[name].input[0])
+    return name
 
 
 def routing_problems(

@@ -3,10 +3,10 @@
 Standard operators only. ``Gemm`` by a weight becomes ``DequantizeLinear`` and ``MatMul``, which onnxruntime makes into one
 product over the codes themselves when it loads the graph (``MatMulNBits``), and TensorRT into one over packed weights. Codes
 lie [in, out], blocks along the inputs: the only layout that onnxruntime takes. The embedding's rows are turned back after they
-are gathered, a row of codes and a row of scales for each token.
+are gathered, a row of codes and a row of scales for each token. A table that is the head too is stored once, as the head's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import ml_dtypes
@@ -23,7 +23,7 @@ from motrt.model_def.checkpoint.container import TORCH_DTYPES
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.head_surgery import Read
-from motrt.model_def.parameters import parameters
+from motrt.model_def.parameters import SHARED_HEAD, parameters
 from motrt.model_def.quantization import CodedWeight, Quantization, WeightFormat, codes_of, scales_of, zero_points_of
 
 Specs = dict[str, tuple[ir.DataType, tuple[int, ...]]]
@@ -48,17 +48,17 @@ def stored_specs(config: ModelConfig, quantization: Quantization | None, dtype: 
         elif not how.is_coded:
             found[one.name] = (CODE_TYPES[how.stored], one.shape)
     for coded in quantization.coded_weights(graph.parameters(config)) if quantization else ():
-        found |= _coded_specs(coded, plain)
+        found |= _coded_specs(coded, ir.DataType.FLOAT16 if quantization and quantization.half_scales else plain)
     return found
 
 
-def _coded_specs(one: CodedWeight, plain: ir.DataType) -> Specs:
+def _coded_specs(one: CodedWeight, of_scales: ir.DataType) -> Specs:
     (out, width), how = one.shape, one.how
     blocks = how.num_blocks(width)
     codes, scales = (width, out), (out,) if how.block_size is None else (blocks, out)
     if one.is_table:
         codes, scales = (out, width), (out, blocks)
-    specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (plain, scales)}
+    specs: Specs = {codes_of(one.name): (CODE_TYPES[how.stored], codes), scales_of(one.name): (of_scales, scales)}
     return specs if how.symmetric else specs | {zero_points_of(one.name): (CODE_TYPES[how.stored], scales)}
 
 
@@ -80,9 +80,15 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
         if how is not None and not how.is_coded:
             _cast_behind_gather(model, model.graph.initializers[one.name], how, dtype)
     for coded in quantization.coded_weights(held):
-        specs = _coded_specs(coded, _ir_type(dtype))
+        specs = _coded_specs(coded, ir.DataType.FLOAT16 if quantization.half_scales else _ir_type(dtype))
         stored = {name: _without_value(model, name, kind, dims) for name, (kind, dims) in specs.items()}
+        if quantization.half_scales:
+            stored[scales_of(coded.name)] = _widened(model, stored[scales_of(coded.name)], dtype)
         uses = [(use.node, use.idx) for one in coded.parts for use in model.graph.initializers[one.name].uses()]
+        if coded.is_tied:
+            lookups = [node for node, place in uses if node.op_type == "Gather" and place == 0]
+            uses = [(node, place) for node, place in uses if node not in lookups]
+            _gather_columns(model, lookups, coded, stored)
         if coded.is_table and all(node.op_type == "Gather" and place == 0 for node, place in uses):
             for node, _ in uses:
                 _dequantize_behind_gather(model, node, coded, stored)
@@ -97,6 +103,14 @@ def quantize_graph(model: ir.Model, config: ModelConfig, quantization: Quantizat
         _combine_once(model)
 
 
+def _widened(model: ir.Model, scales: ir.Value, dtype: str) -> ir.Value:
+    """Scales in the type of activations, which ``DequantizeLinear`` gives: cast once, when the graph is loaded."""
+    cast = ir.node("Cast", [scales], {"to": _ir_type(dtype).value}, name=f"{scales.name}/Cast")
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(_ir_type(dtype)), scales.shape
+    model.graph.insert_before(model.graph[0], [cast])
+    return cast.outputs[0]
+
+
 def _multiplies_by(node: ir.Node, place: int) -> bool:
     """Whether ``node`` multiplies rows by its input at ``place``, a weight in the checkpoint's layout."""
     return bool(node.op_type == "Gemm" and place == 1 and node.attributes.get_int("transB", 0) == 1)
@@ -108,7 +122,7 @@ def _multiply_codes(model: ir.Model, gemms: list[ir.Node], coded: CodedWeight, s
     Several products of the same rows become one, and ``Split`` gives each its outputs.
     """
     first, how = gemms[0], coded.how
-    module = coded.name.removesuffix(".weight")
+    module = (SHARED_HEAD if coded.is_tied else coded.name).removesuffix(".weight")
     rows, bias = first.inputs[0], first.inputs[2] if len(first.inputs) > 2 else None
     assert rows is not None
     if len(gemms) > 1 and any(one.inputs[0] is not rows or len(one.inputs) > 2 for one in gemms):
@@ -227,6 +241,24 @@ def _dequantize_behind_gather(model: ir.Model, gather: ir.Node, coded: CodedWeig
     _replace(model, gather, [*picked, node])
 
 
+def _gather_columns(model: ir.Model, lookups: list[ir.Node], coded: CodedWeight, stored: dict[str, ir.Value]) -> None:
+    """Let lookups of a tied table read the codes that the head multiplies by, which lie [m, rows].
+
+    By way of ``Transpose``, which onnxruntime does once, when it loads the graph: of codes that anything else than the
+    product's ``DequantizeLinear`` reads it makes no product of codes (1.32 tried).
+    """
+    rows_first = {}
+    for name, kept in stored.items():
+        turned = ir.node("Transpose", [kept], {"perm": [1, 0]}, name=f"{coded.name.removesuffix('.weight')}/Transpose.{name}")
+        turned.outputs[0].type = kept.type
+        assert kept.shape is not None
+        turned.outputs[0].shape = ir.Shape(kept.shape.numpy()[::-1])
+        model.graph.insert_before(lookups[0], [turned])
+        rows_first[name] = turned.outputs[0]
+    for node in lookups:
+        _dequantize_behind_gather(model, node, coded, rows_first)
+
+
 def _cast_behind_gather(model: ir.Model, value: ir.Value, how: WeightFormat, dtype: str) -> None:
     """A table in another floating type: its gathered rows are cast."""
     assert value.const_value is not None and value.name is not None
@@ -289,19 +321,31 @@ class CodeSource:
         quantization: the format of every weight.
         dtype: of the scales.
         read: a weight, by name.
+        importance: of each input of a weight, by its name (see ``choose_scales``).
     """
 
-    def __init__(self, config: ModelConfig, quantization: Quantization, dtype: str, read: Read) -> None:
-        self._read, self._dtype = read, TORCH_DTYPES[dtype]
-        self._method, self._signed = quantization.scales, quantization.signed
+    def __init__(
+        self,
+        config: ModelConfig,
+        quantization: Quantization,
+        dtype: str,
+        read: Read,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._read, self._importance = read, importance or {}
+        self._dtype = torch.float16 if quantization.half_scales else TORCH_DTYPES[dtype]
+        self._quantization = quantization
         self._coded = quantization.coded_weights(parameters(config))
         self._halves = [one.name for one in parameters(config) if (how := quantization.format_of(one)) and not how.is_coded]
         self._chosen: dict[str, BlockScales] = {}
 
     def choose(self, advance: Advance) -> None:
         """Choose all scales; ``advance`` is told the elements of each weight."""
+        how = self._quantization
         for one in self._coded:
-            chosen = choose_scales(self._weight(one), one.how, self._method, self._dtype, self._signed)
+            # q, k and v read the same rows.
+            counts = self._importance.get(one.parts[0].name) if how.weighs_errors_of(one.how) else None
+            chosen = choose_scales(self._weight(one), one.how, how.scales, self._dtype, how.signed, counts)
             if not bool(chosen.scales.isfinite().all()):
                 raise ExportError(
                     f"the scales of {one.name} do not fit {str(self._dtype).removeprefix('torch.')}: compute in another "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from motrt.errors import BundleError
-from motrt.export.quantize import BlockScales, choose_scales, codes_under, dequantize, squared_errors
+from motrt.export.quantize import MOST_LOST, BlockScales, choose_scales, codes_under, dequantize, squared_errors
 from motrt.export.stored_weights import read_graph, stored_tensor
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
@@ -54,8 +54,9 @@ class QuantizedWeights:
     def problem(self, one: CodedWeight, read: Read) -> str | None:
         """How codes and scales are not what their format makes of the checkpoint's weights; None where they are.
 
-        Every code must be the nearest under its scale, and no block may lose more than with the usual scale: both follow from
-        the checkpoint and the file alone, however the scales were found.
+        Every code must be the nearest under its scale, and no block may lose more than with the usual scale, or, where errors
+        were weighed, ``MOST_LOST`` times as much: both follow from the checkpoint and the file alone, however the scales were
+        found.
         """
         how, weight = one.how, torch.cat([read(part.name) for part in one.parts])
         codes, scales = self._codes(one), self._scales(one)
@@ -70,11 +71,11 @@ class QuantizedWeights:
             return f"codes of {int(wrong.sum())} outputs are not the nearest, first of output {int(wrong.nonzero()[0])}"
         usual = choose_scales(weight, how, "absmax", scales.scales.dtype)
         lost, most = (squared_errors(weight, how, codes_under(weight, how, some), some) for some in (scales, usual))
-        worse = (lost > most * _SUMMATION_ROOM).any(1)
+        times = MOST_LOST if self.quantization.weighs_errors_of(how) else 1.0
+        worse = (lost > most * times * _SUMMATION_ROOM).any(1)
         if bool(worse.any()):
-            return (
-                f"scales of {int(worse.sum())} outputs lose more than the usual ones, first of output {int(worse.nonzero()[0])}"
-            )
+            told = "more than" if times == 1.0 else f"more than {times:g} times what is lost under"
+            return f"scales of {int(worse.sum())} outputs lose {told} the usual ones, first of output {int(worse.nonzero()[0])}"
         return None
 
     @staticmethod

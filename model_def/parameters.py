@@ -132,6 +132,17 @@ def together_name(parameter: Parameter) -> str:
     return re.sub(r"\.w[qkv]\.", ".wqkv.", parameter.name)
 
 
+def layer_of(parameter: Parameter) -> int | None:
+    """The number of the layer that it belongs to; None for those outside all layers."""
+    first, _, rest = parameter.name.partition(".")
+    return int(rest.partition(".")[0]) if first == "layers" else None
+
+
+def is_hidden_product(parameter: Parameter) -> bool:
+    """Whether it is what an expert multiplies its hidden activations by: ``w2`` of a SwiGLU, ``fc2`` of an adapter."""
+    return parameter.part == "expert" and parameter.name.endswith((".w2.weight", ".fc2.weight"))
+
+
 def num_parameters_read(config: ModelConfig, modality: str) -> int:
     """Weights that one decode step of ``modality`` must read: see ``parameters_read``."""
     return sum(one.numel for one in parameters_read(config, modality))

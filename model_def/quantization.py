@@ -12,14 +12,25 @@ from typing import Any, Literal, cast
 
 from motrt.errors import ConfigError, InputError, raise_all
 from motrt.model_def.config import ModelConfig
-from motrt.model_def.parameters import Parameter, parameters, together_name
+from motrt.model_def.parameters import SHARED_HEAD, Parameter, is_hidden_product, layer_of, parameters, together_name
 
 Stored = Literal["int8", "int4", "fp8", "fp16"]
 Scales = Literal["absmax", "search"]
+Calibration = Literal["none", "sampled", "file"]
 
 STORED: tuple[Stored, ...] = ("int8", "int4", "fp8", "fp16")
 SCALES: tuple[Scales, ...] = ("absmax", "search")
+CALIBRATIONS: tuple[Calibration, ...] = ("none", "sampled", "file")
 QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
+
+# The weights of an expert that multiply its hidden activations: what a nonlinearity gave, a few channels of which are large.
+HIDDEN = "hidden"
+_SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
+
+# In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks,
+# and 8 bits where 4 lose most: in the head, in what reads hidden activations, and, where that is a small share of the model,
+# in the first and the last layer (docs/decisions/0025).
+NARROW_WIDTH, NARROW_BLOCK_SIZE, FEWEST_LAYERS_WITH_EDGES = 1024, 32, 10
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
 CODE_RANGE: dict[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7), "fp8": (-448, 448)}
@@ -98,11 +109,13 @@ class CodedWeight:
         name: that its initializers are called by.
         parts: the weights that it holds.
         how: their format.
+        is_tied: whether it is the embedding of a model whose head is tied to it: rows are gathered, and multiplied by.
     """
 
     name: str
     parts: tuple[Parameter, ...]
     how: WeightFormat
+    is_tied: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,7 +125,7 @@ class CodedWeight:
     @property
     def is_table(self) -> bool:
         """Whether it is the embedding, whose rows are gathered and not multiplied by."""
-        return self.parts[0].part == "embedding"
+        return self.parts[0].part == "embedding" and not self.is_tied
 
     def rows_of(self, name: str) -> slice:
         """Which outputs are those of the weight called ``name``."""
@@ -129,24 +142,34 @@ class Quantization:
     """The format of every weight of a model.
 
     Attributes:
-        formats: (selector, format) pairs. A selector is a part (``attention``, ``expert``, ``head``, ``embedding``), a modality
-            (``audio``), or both (``expert.audio``); of those that fit a weight the last counts. Format None: not quantised.
+        formats: (selector, format) pairs. A selector is a part (``attention``, ``expert``, ``head``, ``embedding``, or
+            ``hidden``: what an expert multiplies its hidden activations by), a modality (``audio``), both (``expert.audio``),
+            or a layer (``layers.0``); of those that fit a weight the last counts. Format None: not quantised.
         scales: ``absmax`` takes each block's largest magnitude to the largest code, ``search`` tries several scales and keeps
             the one that loses least.
         signed: whether ``search`` may choose negative scales, which give positive weights the further end of an uneven range
             of codes (-8 to 7). onnxruntime takes them; TensorRT does not.
         packed: whether q, k and v of one route are one product: on a CPU a product has a cost of its own, and narrow ones are
             slow. TensorRT packs by itself.
+        tied: whether the codes of the embedding are those of the head too, stored once.
+        half_scales: whether scales are stored in float16 where the graph computes in float32. They are as wide as activations
+            in memory, and take half of it in the file: in blocks of 32 half a bit of a weight.
+        calibration: which sequences ``search`` weighed errors by: ``none``, those that the model ``sampled``, or a ``file``.
     """
 
     formats: tuple[tuple[str, WeightFormat | None], ...]
     scales: Scales = "search"
     signed: bool = False
     packed: bool = False
+    tied: bool = False
+    half_scales: bool = False
+    calibration: Calibration = "none"
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise ConfigError(f"scales must be one of {', '.join(SCALES)} ({self.scales!r} came)")
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(f"calibration must be one of {', '.join(CALIBRATIONS)} ({self.calibration!r} came)")
 
     @classmethod
     def usual(
@@ -161,13 +184,16 @@ class Quantization:
         by_output: Sequence[Stored] = ("fp8",),
         signed: bool = False,
         packed: bool = False,
+        careful: bool = False,
+        half_scales: bool = False,
+        calibration: Calibration = "none",
     ) -> "Quantization":
         """Every product's weight alike, but for what is said of parts.
 
         Args:
             stored: of attention, experts and heads.
             config: the model's.
-            block_size: inputs that share a scale; None: ``usual_block_size``.
+            block_size: inputs that share a scale; None: ``usual_block_size``, or smaller ones where that is ``careful``.
             symmetric: whether zero is code 0.
             table: how the embedding is stored; None: in the graph's precision.
             overrides: (selector, type, block size) triples, the last that fits a weight counting; type None is the graph's
@@ -176,22 +202,30 @@ class Quantization:
             by_output: types that have one scale per output where no block size is given.
             signed: whether scales may be negative.
             packed: whether q, k and v are one product.
+            careful: whether int4 of a narrow model has smaller blocks, and int8 at its ends, where nothing else is said.
+            half_scales: whether scales are stored in float16.
+            calibration: what errors are weighed by.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
         """
-        block = block_size or usual_block_size(config)
+        careful = careful and stored == "int4" and config.model_width < NARROW_WIDTH
+        blocks = {kind: block_size or usual_block_size(config) for kind in CODE_RANGE}
+        if careful and block_size is None and (fitting := blocks["int4"]) is not None:
+            blocks["int4"] = min(fitting, NARROW_BLOCK_SIZE)
 
         def how(kind: Stored | None, size: int | None, is_table: bool) -> WeightFormat | None:
             if kind is None or kind == "fp16":
                 return None if kind is None else WeightFormat(kind)
-            usual = block if kind not in by_output else block_size if kind == stored else None
+            usual = blocks[kind] if kind not in by_output else block_size if kind == stored else None
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
+        pairs += [(part, how("int8", None, False)) for part in (("head", HIDDEN, *_edges(config)) if careful else ())]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
-        made = cls(tuple(pairs), scales, signed, packed)
+        tied = config.tied_embeddings and any(format is not None for selector, format in pairs if selector == "embedding")
+        made = cls(tuple(pairs), scales, signed, packed, tied, half_scales, calibration)
         raise_all(ConfigError, "the model can not be quantised so:", made.problems(config))
         return made
 
@@ -204,7 +238,7 @@ class Quantization:
         """How ``parameter`` is stored; None: in the graph's own precision."""
         if len(parameter.shape) != 2 or parameter.part not in QUANTIZED_PARTS:
             return None
-        mine = (parameter.part, str(parameter.modality), f"{parameter.part}.{parameter.modality}")
+        mine = _selectors_of(parameter)
         return next((one for selector, one in reversed(self.formats) if selector in mine), None)
 
     def coded_weights(self, wanted: Sequence[Parameter]) -> tuple[CodedWeight, ...]:
@@ -216,8 +250,17 @@ class Quantization:
                 continue
             name = together_name(one) if self.packed else one.name
             beside = found.get(name)  # of the same part and modality, so of the same format
-            found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how)
+            is_tied = self.tied and one.part == "embedding"
+            found[name] = CodedWeight(name, (*(beside.parts if beside else ()), one), how, is_tied)
         return tuple(found.values())
+
+    def weighs_errors_of(self, how: WeightFormat) -> bool:
+        """Whether scales of this format were chosen by errors that count by their inputs: at 8 bits it would win nothing."""
+        return self.calibration != "none" and self.scales == "search" and how.stored == "int4"
+
+    def scale_bytes(self, itemsize: int) -> int:
+        """Bytes of a stored scale, where activations take ``itemsize``."""
+        return 2 if self.half_scales else itemsize
 
     def activation_block(self, config: ModelConfig) -> int | None:
         """Activations that share one 8-bit scale where onnxruntime multiplies codes on a CPU; None: it multiplies none.
@@ -227,11 +270,15 @@ class Quantization:
         return max(self.activation_blocks(config).values(), default=None)
 
     def activation_blocks(self, config: ModelConfig) -> dict[str, int]:
-        """The same by weight, for those that are multiplied so."""
+        """The same by weight, for those that are multiplied so; a tied table under the name of the head that it is."""
         coded = [
             one for one in self.coded_weights(parameters(config)) if not one.is_table and one.how.stored in ("int8", "int4")
         ]
-        return {part.name: one.how.block_size or SMALLEST_FUSED_BLOCK for one in coded for part in one.parts}
+        return {
+            SHARED_HEAD if one.is_tied else part.name: one.how.block_size or SMALLEST_FUSED_BLOCK
+            for one in coded
+            for part in one.parts
+        }
 
     def multiplies(self, stored: Stored, config: ModelConfig) -> bool:
         """Whether any product is over codes of this type."""
@@ -244,17 +291,18 @@ class Quantization:
         """Why a model can not be stored so, as sentences; none where it can."""
         names = config.modality_names
         tables = [one for one in parameters(config) if len(one.shape) == 2]
-        known = {*QUANTIZED_PARTS, *names, *(f"{part}.{name}" for part in QUANTIZED_PARTS for name in names)}
+        known = {*_SELECTED_PARTS, *names, *(f"{part}.{name}" for part in _SELECTED_PARTS for name in names)}
+        known |= {layer_name(number) for number in range(config.num_layers)}
         problems = [
-            f"nothing of this model is called {selector!r}: parts are {', '.join(QUANTIZED_PARTS)}, "
-            f"modalities {', '.join(names)}"
+            f"nothing of this model is called {selector!r}: parts are {', '.join(_SELECTED_PARTS)}, "
+            f"modalities {', '.join(names)}, layers {layer_name(0)} to {layer_name(config.num_layers - 1)}"
             for selector, _ in self.formats
             if selector not in known
         ]
         problems += [
             f"no weight of this model is {selector!r}: that part is the same for all modalities"
             for selector, _ in self.formats
-            if "." in selector and selector in known and not any(selector == f"{one.part}.{one.modality}" for one in tables)
+            if "." in selector and selector in known and not any(selector in _selectors_of(one) for one in tables)
         ]
         coded = [(one, how) for one in parameters(config) if (how := self.format_of(one)) is not None]
         problems += sorted(
@@ -270,8 +318,11 @@ class Quantization:
             problems.append("the embedding is stored as int8 or fp16, or in the graph's own precision")
         if any(one.part == "embedding" and not how.symmetric for one, how in coded):
             problems.append("the embedding takes no zero points")
-        if config.tied_embeddings and coded:
-            problems.append("a head that is tied to the embedding can not be quantised: it must be cut out first")
+        is_coded = any(one.part == "embedding" and how.is_coded for one, how in coded)
+        if config.tied_embeddings and any(one.part == "embedding" and not how.is_coded for one, how in coded):
+            problems.append("a head that is tied to the embedding is stored as int8, or in the graph's own precision")
+        if self.tied != (config.tied_embeddings and is_coded):
+            problems.append(f"tied must be {str(not self.tied).lower()}: whether the embedding's codes are the head's too")
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +331,9 @@ class Quantization:
             "scales": self.scales,
             "signed": self.signed,
             "packed": self.packed,
+            "tied": self.tied,
+            "half_scales": self.half_scales,
+            "calibration": self.calibration,
             "formats": [
                 {"of": selector, **({"stored": None} if one is None else _format_to_dict(one))}
                 for selector, one in self.formats
@@ -290,7 +344,8 @@ class Quantization:
     def from_dict(cls, values: Mapping[str, Any]) -> "Quantization":
         """What ``to_dict`` gave; KeyError, TypeError or ConfigError for anything else."""
         pairs = tuple((str(one["of"]), _format_from_dict(one)) for one in values["formats"])
-        return cls(pairs, values["scales"], bool(values["signed"]), bool(values["packed"]))
+        signed, packed, tied, half = (bool(values[name]) for name in ("signed", "packed", "tied", "half_scales"))
+        return cls(pairs, values["scales"], signed, packed, tied, half, values["calibration"])
 
 
 def parse_override(text: str) -> tuple[str, Stored | None, int | None]:
@@ -341,13 +396,32 @@ def stored_bytes_of(
         (one, quantization.format_of(one) if quantization else None)
         for one in (parameters(config) if wanted is None else wanted)
     ]
-    return sum(one.numel * itemsize if how is None else how.num_bytes(one, itemsize) for one, how in formats)
+    scale_bytes = itemsize if quantization is None else quantization.scale_bytes(itemsize)
+    return sum(one.numel * itemsize if how is None else how.num_bytes(one, scale_bytes) for one, how in formats)
 
 
 def usual_block_size(config: ModelConfig) -> int | None:
     """The largest block up to 128 that cuts every width of ``config`` evenly; None where not even the smallest does."""
     common = gcd(*(one.shape[1] for one in parameters(config) if len(one.shape) == 2))
     return max((size for size in BLOCK_SIZES if size <= USUAL_BLOCK_SIZE and common % size == 0), default=None)
+
+
+def _edges(config: ModelConfig) -> list[str]:
+    """The first and the last layer, by name; none of a model that has few."""
+    is_deep = config.num_layers >= FEWEST_LAYERS_WITH_EDGES
+    return [layer_name(number) for number in (0, config.num_layers - 1)] if is_deep else []
+
+
+def _selectors_of(parameter: Parameter) -> tuple[str, ...]:
+    """Everything that ``parameter`` is called by in ``formats``."""
+    parts = [parameter.part, *([HIDDEN] if is_hidden_product(parameter) else [])]
+    layer = [layer_name(number)] if (number := layer_of(parameter)) is not None else []
+    return (*parts, str(parameter.modality), *(f"{part}.{parameter.modality}" for part in parts), *layer)
+
+
+def layer_name(number: int) -> str:
+    """What a layer is called in ``formats``."""
+    return f"layers.{number}"
 
 
 def _divisors(width: int) -> str:

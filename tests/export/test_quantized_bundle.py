@@ -33,13 +33,23 @@ from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.graph import CANONICAL, Graph
 from motrt.model_def.parameters import EMBEDDING, parameters
-from motrt.model_def.quantization import CodedWeight, Quantization, Scales, codes_of, scales_of, zero_points_of
+from motrt.model_def.quantization import (
+    CodedWeight,
+    Quantization,
+    Scales,
+    codes_of,
+    scales_of,
+    stored_bytes_of,
+    zero_points_of,
+)
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, load_whole, save_whole, set_weight, weight
+from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, Weight, load_whole, save_whole, set_weight, weight
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
+
+ONE_TIED = TIED.replace(modalities=TIED.modalities[:1])
 
 
 def exported(checkpoint: Path, out: Path, precision: str, verify: bool = False, **options: Any) -> Path:
@@ -57,8 +67,8 @@ def int4(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("precision", "config"),
-    [("int8", TINY), ("int4", TINY), ("int4", ONE), ("int8", TIED)],
-    ids=["two", "two4", "one4", "tied"],
+    [("int8", TINY), ("int4", TINY), ("int4", ONE), ("int8", TIED), ("int8", ONE_TIED), ("int4", ONE_TIED)],
+    ids=["two", "two4", "one4", "two tied", "one tied", "one tied4"],
 )
 def test_the_gate_passes_every_format_of_every_model(
     precision: str, config: ModelConfig, make_checkpoint: MakeCheckpoint, tmp_path: Path
@@ -74,6 +84,7 @@ def test_the_gate_passes_every_format_of_every_model(
     "options",
     [
         {"symmetric": False},
+        {"calibrate": "none", "parts": ("hidden=int8", "layers.0=none")},
         {"block_size": 16, "scales": "absmax"},
         {"parts": ("head=int8", "embedding=fp16", "expert.audio=none")},
         {"parts": ("embedding=none",)},
@@ -118,6 +129,83 @@ def test_parts_of_another_format_stay_by_themselves(tiny_checkpoint: Path, tmp_p
     assert codes_of("layers.0.attention.wqkv.text.weight") in names and "layers.0.attention.wq.audio.weight" in names
 
 
+def test_a_tied_table_is_stored_once_and_rows_and_products_read_it(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The head is a product of codes; all that a bundle holds is counted once."""
+    out = exported(make_checkpoint(ONE_TIED), tmp_path / "b", "int4")
+    config, how = open_bundle(out).manifest.config, quantization_of(out)
+    assert config.tied_embeddings and how.tied
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    shape = [ONE_TIED.model_width, ONE_TIED.vocab_size]
+    assert [one.name for one in graph.initializer if sorted(one.dims) == sorted(shape)] == [codes_of(EMBEDDING)]
+    rope = 4 * config.max_seq_len * config.head_size
+    assert abs((out / "model.onnx.data").stat().st_size - rope - stored_bytes_of(config, how, 4)) < 0.02 * rope + 65536
+    run = operators_as_run(out / "model.onnx", tmp_path)
+    assert run["MatMulNBits"] == len(multiplied(out, config)) and "Transpose" not in lookups_as_run(tmp_path)
+
+
+def lookups_as_run(folder: Path) -> set[str]:
+    """Operators behind the rows that plain onnxruntime looks up: of a tied table they are turned once, when it is loaded."""
+    graph = onnx.load(folder / "as_run.onnx", load_external_data=False).graph
+    producers = {output: node.op_type for node in graph.node for output in node.output}
+    return {producers[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in producers}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (TIED, {}),
+        (ONE_TIED, {"parts": ("head=int8",)}),
+        (ONE_TIED, {"parts": ("embedding=fp16",)}),
+        (ONE_TIED, {"target": "cuda"}),
+    ],
+    ids=["two", "a head of its own", "a table of its own", "cuda"],
+)
+def test_where_a_table_can_not_be_the_head_the_head_is_cut_out(
+    config: ModelConfig, options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    out = exported(make_checkpoint(config), tmp_path / "b", "int8", **options)
+    manifest = open_bundle(out).manifest
+    assert manifest.config.head == "split" and not quantization_of(out).tied
+
+
+def test_scales_are_weighed_by_the_models_own_sequences_a_files_or_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, held = tmp_path / "ids.jsonl", dict[str, Weight]()
+    file.write_text("\n".join(["[1, 2, 3, 4, 5, 6, 7, 8]", '{"ids": [9, 8, 7, 6, 120, 121, 122]}']))
+    for name, said in (("sampled", None), ("file", str(file)), ("none", "none")):
+        out = exported(tiny_checkpoint, tmp_path / name, "int4", calibrate=said)
+        assert quantization_of(out).calibration == name
+        held[name] = weight(load_whole(out), scales_of("layers.0.feed_forward.text.w1.weight"))
+    assert not any(np.array_equal(held[one], held[other]) for one, other in (("sampled", "file"), ("file", "none")))
+    assert quantization_of(exported(tiny_checkpoint, tmp_path / "int8", "int8")).calibration == "none"
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "told"),
+    [
+        ("int8", {"calibrate": "ids.jsonl"}, "for weights of 4 bits"),
+        ("int4", {"calibrate": "ids.jsonl", "scales": "absmax"}, "for --scales search"),
+        ("int4", {"calibrate": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ],
+)
+def test_sequences_that_are_for_nothing_are_refused_before_anything_is_done(
+    precision: str, options: dict[str, Any], told: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=told):
+        exported(tiny_checkpoint, tmp_path / "b", precision, **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_weighed_scales_may_lose_more_than_the_usual_ones_and_only_so_much(int4: Path, make_checkpoint: MakeCheckpoint) -> None:
+    held, read = (
+        QuantizedWeights(int4 / "model.onnx", EQUAL, quantization_of(int4)),
+        open_checkpoint(make_checkpoint(EQUAL)).read,
+    )
+    plain = QuantizedWeights(int4 / "model.onnx", EQUAL, replace(quantization_of(int4), calibration="none"))
+    four = [one for one in held.coded if one.how.stored == "int4"]
+    assert all(held.problem(one, read) is None for one in held.coded)
+    assert any("lose more than the usual ones" in str(plain.problem(one, read)) for one in four)
+
+
 def quantization_of(bundle: Path) -> Quantization:
     found = open_bundle(bundle).manifest.quantization
     assert found is not None
@@ -127,7 +215,11 @@ def quantization_of(bundle: Path) -> Quantization:
 ONE_WITH_BIASES = EQUAL.replace(modalities=EQUAL.modalities[:1], head="shared")
 
 
-@pytest.mark.parametrize("config", [ONE, ONE_WITH_BIASES, EQUAL, TIED], ids=["one", "one with biases", "two", "two, tied"])
+@pytest.mark.parametrize(
+    "config",
+    [ONE, ONE_WITH_BIASES, EQUAL, TIED, ONE_TIED],
+    ids=["one", "one with biases", "two", "two, tied", "one, tied"],
+)
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_plain_onnxruntime_multiplies_codes_and_says_what_our_session_says(
@@ -246,8 +338,8 @@ def scales_read_from_another(model: onnx.ModelProto) -> None:
     """Both stored right, and each read where the other should be."""
     other = {scales_of(FIRST): scales_of(SECOND), scales_of(SECOND): scales_of(FIRST)}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[1] in other:
-            node.input[1] = other[node.input[1]]
+        if node.op_type == "Cast" and node.input[0] in other:
+            node.input[0] = other[node.input[0]]
 
 
 def one_code(model: onnx.ModelProto) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from motrt.errors import ConfigError, InputError
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
-from motrt.model_def.parameters import EMBEDDING, Parameter, parameters
+from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, Parameter, parameters
 from motrt.model_def.quantization import (
     Quantization,
     WeightFormat,
@@ -68,9 +68,70 @@ def test_what_can_not_be_is_a_sentence(said: dict[str, object], told: str) -> No
         Quantization.usual("int4", TINY, **said)  # type: ignore[arg-type]
 
 
-def test_a_tied_head_is_not_quantised_where_it_lies() -> None:
-    with pytest.raises(ConfigError, match="tied"):
-        Quantization.usual("int8", TINY.replace(head="shared", tied_embeddings=True))
+TIED = TINY.replace(head="shared", tied_embeddings=True)
+
+
+def test_a_tied_table_is_one_set_of_codes_and_the_heads_activations_are_rounded_in_its_blocks() -> None:
+    formats = Quantization.usual("int4", TIED, table="int8")
+    tables = [one for one in formats.coded_weights(parameters(TIED)) if one.name == EMBEDDING]
+    assert formats.tied and len(tables) == 1 and tables[0].is_tied and not tables[0].is_table
+    assert formats.activation_blocks(TIED)[SHARED_HEAD] == 32 and EMBEDDING not in formats.activation_blocks(TIED)
+    assert Quantization.from_dict(formats.to_dict()).tied
+    apart = Quantization.usual("int4", TINY, table="int8")
+    assert not apart.tied and SHARED_HEAD not in apart.activation_blocks(TINY)
+
+
+def test_a_tied_table_is_int8_or_plain() -> None:
+    assert not Quantization.usual("int8", TIED).tied
+    with pytest.raises(ConfigError, match="tied to the embedding is stored as int8"):
+        Quantization.usual("int8", TIED, table="fp16")
+    wrong = Quantization(Quantization.usual("int8", TIED, table="int8").formats, tied=False)
+    assert wrong.problems(TIED) == ["tied must be true: whether the embedding's codes are the head's too"]
+
+
+def test_a_part_can_be_what_experts_multiply_their_hidden_activations_by() -> None:
+    overrides = [parse_override("hidden=int8"), parse_override("hidden.audio=int4:16")]
+    formats = Quantization.usual("int4", TINY, overrides=overrides)
+    assert formats.format_of(named("layers.0.feed_forward.text.w2.weight")) == WeightFormat("int8", 32)
+    assert formats.format_of(named("layers.0.feed_forward.audio.fc2.weight")) == WeightFormat("int4", 16)
+    for other in ("text.w1", "text.w3", "audio.fc1", "audio.down_proj", "audio.up_proj"):
+        assert formats.format_of(named(f"layers.0.feed_forward.{other}.weight")) == WeightFormat("int4", 32)
+
+
+def test_a_narrow_model_has_smaller_blocks_and_8_bits_at_its_ends() -> None:
+    narrow = TINY.replace(num_layers=10, num_heads=8, head_size=64, num_kv_heads=8, model_width=512)
+    narrow = narrow.replace(modalities=(Modality("text", 256, SwigluExpert(1024)),), head="shared")
+    formats = Quantization.usual("int4", narrow, table="int8", careful=True)
+    four, eight = WeightFormat("int4", 32), WeightFormat("int8", 128)
+    for one in parameters(narrow):
+        if len(one.shape) == 2:
+            is_careful = one.name.startswith(("tok_embeddings", "output", "layers.0.", "layers.9.")) or ".w2." in one.name
+            assert formats.format_of(one) == (eight if is_careful else four), one.name
+    shallow = Quantization.usual("int4", narrow.replace(num_layers=9), careful=True)
+    assert not [selector for selector, _ in shallow.formats if selector.startswith("layers")]
+    said = Quantization.usual("int4", narrow, 64, careful=True, overrides=[parse_override("attention=int4")])
+    kinds = {said.format_of(one) for one in parameters(narrow) if one.part == "attention"}
+    assert kinds == {WeightFormat("int4", 64)}
+    wide = ModelConfig.preset("llama-3.2-1b")
+    assert Quantization.usual("int4", wide, careful=True) == Quantization.usual("int4", wide)
+    assert Quantization.usual("int8", narrow, careful=True) == Quantization.usual("int8", narrow)
+
+
+def test_half_scales_are_counted_as_two_bytes() -> None:
+    whole, half = (Quantization.usual("int8", TINY, 32, table="int8", half_scales=is_half) for is_half in (False, True))
+    num_scales = sum(one.numel // 32 for one in parameters(TINY) if len(one.shape) == 2)
+    assert stored_bytes_of(TINY, whole, 4) - stored_bytes_of(TINY, half, 4) == 2 * num_scales
+    assert Quantization.from_dict(half.to_dict()).half_scales and half.scale_bytes(4) == 2
+
+
+def test_errors_are_weighed_at_four_bits_where_there_are_sequences() -> None:
+    four, eight = WeightFormat("int4", 32), WeightFormat("int8", 32)
+    weighed = Quantization.usual("int4", TINY, calibration="sampled")
+    assert weighed.weighs_errors_of(four) and not weighed.weighs_errors_of(eight)
+    assert not Quantization.usual("int4", TINY).weighs_errors_of(four)
+    assert Quantization.from_dict(weighed.to_dict()).calibration == "sampled"
+    with pytest.raises(ConfigError, match="calibration must be one of none, sampled, file"):
+        Quantization.usual("int4", TINY, calibration="guessed")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
