@@ -447,14 +447,16 @@ def ask(
         with in_float32(exact) as copy:
             return ask(exact, copy, precision, num_steps, most_rows, chosen)
     config, most = exact.config, min(MOST_ROWS, most_rows or MOST_ROWS)
+    batches = [part for one in (*scenarios(config, num_steps=num_steps), *chosen) for part in in_batches(one, most)]
+    logits = logits_by_row(exact, batches)
+    _refuse_nothing([(one, observations_of(one, logits, config)) for one in batches], noisy)
     sampled = sampled_scenario(noisy)
-    wanted = [*scenarios(config, num_steps=num_steps), *chosen, *([sampled] if sampled else [])]
-    batches = [part for one in wanted for part in in_batches(one, most)]
+    written = [] if sampled is None else in_batches(sampled, most)
     going_on = tuple((plan, greedy(noisy, plan.prompt, plan.modalities)) for plan in plans(config))
-    watched = [*batches, *(as_scenario(plan, expected) for plan, expected in going_on)]
-    logits = logits_by_row(exact, watched)
+    generated = [as_scenario(plan, expected) for plan, expected in going_on]
+    logits |= logits_by_row(exact, [*written, *generated])
+    watched, batches = [*batches, *written, *generated], [*batches, *written]
     said = tuple((one, observations_of(one, logits, config)) for one in batches)
-    _refuse_nothing(said, exact)
     return Expectation(f"{exact.backend}, {exact.precision}", said, going_on, measure_limits(logits, noisy, precision, watched))
 
 
