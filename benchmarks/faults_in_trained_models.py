@@ -1,12 +1,11 @@
-"""The catalogue of ``faults`` planted into a bundle of a real model, and whether P2 to P5 see each one.
+"""The catalogue of ``faults`` planted into a bundle of a trained model, and whether the gate sees each one.
 
     .venv/bin/python benchmarks/faults_in_trained_models.py BUNDLE --name SmolLM2 --json FILE --markdown docs/gate.md
 
-Faults of files are left to the hashes. A fault whose weight, modality or operator the model does not have, or that changes no bit
-of what the model computes (a mask of one modality, say), does not apply, and is listed. The reference is asked once for all
+Faults of files are left to the hashes. A fault whose weight, modality or operator the model does not have, or that changes no
+bit of what the model computes (a mask of one modality, say), does not apply, and is listed. The reference is asked once for all
 faults, and a fault is asked only until something sees it. P1 comes last: it compares what is stored, and sees every fault of a
-weight whatever the limits are.
-Exit code 1 where a fault that applies went through.
+weight whatever the limits are. Exit code 1 where a fault that applies went through.
 """
 
 import hashlib
