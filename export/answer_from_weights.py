@@ -30,7 +30,7 @@ from motrt.runtime.torch_session import TorchSession
 logger = logging.getLogger(__name__)
 
 # How often the question is asked with errors, for the noise of its rows: each time costs a pass, and memory for one.
-NUM_NOISY_GROUPS = 4
+NUM_NOISY_GROUPS = 8
 
 
 def known_answer(

@@ -30,7 +30,7 @@ UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2
 # below, in float32 and float16 alike (`motrt verify` prints error and limit side by side). What is left is room for other
 # processors and thread counts. The tests plant faults down to one bias of one layer: all are far above.
 SAFETY = 4.0
-# Of measured noise. On a trained model (SmolLM2-135M, docs/gate.md) the largest error of onnxruntime's rows came to 3.7 times
+# Of measured noise. On a trained model (SmolLM2-135M, docs/gate.md) the largest error of onnxruntime's rows came to 3.3 times
 # their noise in float32, its median to 0.8; the rest is room for other processors, thread counts and GPUs.
 NOISE_SAFETY = 8.0
 

@@ -30,9 +30,9 @@ from motrt.runtime.torch_session import TorchSession
 Int64 = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
 
-# On a trained model the largest of a row's actual errors came to 11.8 times the noise of one sample, 3.7 of two, 3.6 of four
-# and 3.3 of eight (benchmarks/row_noise.py).
-NUM_SAMPLES = 4
+# A steep row's noise comes from one direction: of four squares of one normal error the mean is under a sixteenth of its
+# expectation once in a hundred and fifty rows, of eight once in six thousand.
+NUM_SAMPLES = 8
 
 
 @dataclass(frozen=True)

@@ -257,10 +257,11 @@ def test_the_three_verdicts_say_different_things() -> None:
 
 def test_a_format_that_loses_too_much_is_not_said_to_compute_something_else() -> None:
     report = a_report()
-    report["findings"][-1]["outcome"] = report["verdict"] = "FAIL"
+    report["findings"][-1]["outcome"], report["loss"] = "FAIL", "over"
     assert report["findings"][-1]["rung"] == "loss"
     said = Read(report_page(report)).text()
-    assert "in a format that loses too much of the model" in said and "does not compute" not in said
+    assert "loses more of the model than its budget" in said and "does not compute" not in said
+    assert "than its budget" not in Read(report_page({**report, "loss": "within"})).text()
 
 
 @pytest.mark.parametrize("empty", [None, {}, "missing"])
