@@ -21,10 +21,10 @@ from motrt.export.streamed_decoder import StreamedDecoder
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.head_surgery import Read
 from motrt.model_def.quantization import Quantization
-from motrt.runtime.known_answer import LARGEST_NOISE, KnownAnswer, Question, Said
+from motrt.runtime.known_answer import KnownAnswer, Question, Said
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.runtime.tolerances import UNIT_ROUNDOFF
+from motrt.runtime.tolerances import UNIT_ROUNDOFF, bounded_noise
 from motrt.runtime.torch_session import TorchSession
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _relative_errors(question: Question, said: Said, other: Said, config: ModelC
 
 def _relative_error(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any], owned: range) -> float:
     wanted, got = (row[owned.start : owned.stop].astype(np.float64) for row in (expected, actual))
-    return min(float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-30), LARGEST_NOISE)
+    return bounded_noise(float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-30))
 
 
 @contextmanager

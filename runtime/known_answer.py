@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from motrt.errors import InputError, ParityError, raise_all
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Logits, Session
-from motrt.runtime.tolerances import SAFETY, limit_of, row_limit
+from motrt.runtime.tolerances import LARGEST_NOISE, SAFETY, limit_of, row_limit
 from motrt.runtime.versions import installed_versions, version_differences
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,6 @@ NUM_PROMPT, NUM_STEPS = 64, 8
 
 # Beyond these it is no question of ours: answering it could take hours.
 MOST_ROWS, MOST_PROMPT, MOST_STEPS, MOST_STORED_IDS = 8, 256, 64, 256
-
-# A row whose logits rounding alone moves by all of their size says nothing: more is no number of ours.
-LARGEST_NOISE = 1.0
 
 # Numbers up to this can be squared and summed without a thought.
 _LARGEST = 1e30

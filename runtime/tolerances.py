@@ -19,7 +19,7 @@ Where nobody has measured it, the arithmetic of a well-behaved model speaks::
   accumulate in float32 and round once: 1 for them.
 """
 
-from math import sqrt
+from math import isfinite, sqrt
 
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Session
@@ -43,6 +43,9 @@ CODE_ERROR = 2.0**-14
 # Of the expected noise: a row whose few samples happened to come out near zero is still rounded.
 FLOOR = 0.5
 
+# A row whose logits rounding alone moves by all of their size says nothing: more is no noise of ours.
+LARGEST_NOISE = 1.0
+
 ACCUMULATION = {"fp64": 4.0, "fp32": 4.0, "fp16": 1.0, "bf16": 1.0}
 
 ROUNDINGS_PER_LAYER, ROUNDINGS_OUTSIDE = 12, 4
@@ -64,6 +67,11 @@ def roundings_in_a_row(config: ModelConfig) -> int:
 def row_limit(config: ModelConfig, precision: str, noise: float, safety: float = NOISE_SAFETY) -> float:
     """Return the largest relative L2 error that a row of logits may have whose measured noise is ``noise``."""
     return max(FLOOR * expected_noise(config, precision), safety * noise)
+
+
+def bounded_noise(noise: float) -> float:
+    """Return a measured noise, or the largest there is where it was more, or float32 overflowed and it is no number."""
+    return min(noise, LARGEST_NOISE) if isfinite(noise) else LARGEST_NOISE
 
 
 def relative_l2_limit(config: ModelConfig, precision: str) -> float:

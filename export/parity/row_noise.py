@@ -24,7 +24,15 @@ from motrt.export.relative_errors import relative_errors_in
 from motrt.model_def.config import ModelConfig
 from motrt.runtime.session import Session
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
-from motrt.runtime.tolerances import NOISE_SAFETY, UNIT_ROUNDOFF, expected_noise, explain_limit, limit_of, row_limit
+from motrt.runtime.tolerances import (
+    NOISE_SAFETY,
+    UNIT_ROUNDOFF,
+    bounded_noise,
+    expected_noise,
+    explain_limit,
+    limit_of,
+    row_limit,
+)
 from motrt.runtime.torch_session import TorchSession
 
 Int64 = NDArray[np.int64]
@@ -33,6 +41,9 @@ Floats = NDArray[np.floating[Any]]
 # A steep row's noise comes from one direction: of four squares of one normal error the mean is under a sixteenth of its
 # expectation once in a hundred and fifty rows, of eight once in six thousand.
 NUM_SAMPLES = 8
+
+# A part's budget grows with the steepest row's noise. Beyond this a budget would excuse a fault of the part.
+LARGEST_CONDITIONING = 100.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +102,9 @@ class RowLimits:
 
     @property
     def conditioning(self) -> float:
-        """How many times more than a well-behaved model this one amplifies rounding at its steepest row; 1 at least."""
-        return max(1.0, self.steepest / expected_noise(self.config, self.precision))
+        """How many times more than a well-behaved model this one amplifies rounding at its steepest row: 1 to 100."""
+        found = max(1.0, self.steepest / expected_noise(self.config, self.precision))
+        return min(found, LARGEST_CONDITIONING)
 
     def noise_of(self, key: Key) -> float:
         """Return the relative L2 error that rounding alone makes at a row; 0 where nothing is known."""
@@ -173,7 +185,7 @@ def measure_limits(
             with relative_errors_in(noisy.decoder, error or UNIT_ROUNDOFF[precision], seed):
                 for key, logits in _logits(noisy, batch).items():
                     squares[key] += _squared_error(expected[key], logits)
-    noise = {key: sqrt(total / NUM_SAMPLES) for key, total in squares.items()}
+    noise = {key: bounded_noise(sqrt(total / NUM_SAMPLES)) for key, total in squares.items()}
     return RowLimits.of_noise(noisy.config, precision, noise, safety)
 
 

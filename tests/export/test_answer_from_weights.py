@@ -23,7 +23,7 @@ from motrt.runtime.known_answer import KnownAnswer, Question, allowed, check_ans
 from motrt.runtime.load import load
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.session import Session
-from motrt.runtime.tolerances import expected_noise, limit_of
+from motrt.runtime.tolerances import LARGEST_NOISE, expected_noise, limit_of
 from motrt.runtime.torch_session import TorchSession
 from motrt.tests.export.models import (
     EQUAL,
@@ -169,6 +169,15 @@ def test_a_model_that_amplifies_rounding_is_known_and_not_taken_for_a_fault(seed
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         session = session_of(TINY, read, dtype)
         check_answer(session, answer_to(TINY, read, session.precision), {})
+
+
+def test_a_model_whose_numbers_float32_cannot_hold_is_as_noisy_as_can_be() -> None:
+    """The gate of an expert overflows, and what it is multiplied by is small: in float64 the logits are as usual."""
+    source = {name: value.double() for name, value in random_tensors(TINY, 0)}
+    source["layers.0.feed_forward.text.w1.weight"] *= 1e39
+    source["layers.0.feed_forward.text.w2.weight"] *= 1e-39
+    noise = answer_to(TINY, source.__getitem__).noise
+    assert all(value == LARGEST_NOISE for row in noise[-2:] for value in row)
 
 
 # No false alarm.

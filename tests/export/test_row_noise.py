@@ -11,7 +11,15 @@ from motrt.export.parity.agreement import agreement_findings, compare
 from motrt.export.parity.findings import Outcome
 from motrt.export.parity.gate import ask, in_float32
 from motrt.export.parity.metrics import compare_rows
-from motrt.export.parity.row_noise import Key, RowLimits, key_of, logits_by_row, measure_limits, observations_of
+from motrt.export.parity.row_noise import (
+    LARGEST_CONDITIONING,
+    Key,
+    RowLimits,
+    key_of,
+    logits_by_row,
+    measure_limits,
+    observations_of,
+)
 from motrt.export.parity.scenarios import Observation, Scenario, observe, scenarios
 from motrt.export.relative_errors import RelativeErrors, relative_errors_in
 from motrt.model_def.config import ModelConfig
@@ -20,7 +28,7 @@ from motrt.model_def.initialize import random_tensors
 from motrt.runtime.kv_cache import KVCache
 from motrt.runtime.session import Logits
 from motrt.runtime.step_inputs import StepInputs
-from motrt.runtime.tolerances import FLOOR, NOISE_SAFETY, expected_noise
+from motrt.runtime.tolerances import FLOOR, LARGEST_NOISE, NOISE_SAFETY, expected_noise
 from motrt.runtime.torch_session import TorchSession
 from motrt.tests.export.models import THREE, TIED, TINY, torch_session, write_random
 
@@ -111,10 +119,25 @@ def test_a_row_is_found_again_however_it_is_asked() -> None:
 
 def test_what_was_not_measured_is_taken_to_be_the_steepest() -> None:
     key, other = Key(b"a", 0, 0), Key(b"b", 0, 0)
-    limits = RowLimits.of_noise(TINY, "fp32", {key: 1e-3, Key(b"c", 0, 0): 1e-9})
-    assert limits.of(other) == limits.worst == limits.of(key) == NOISE_SAFETY * 1e-3
+    limits = RowLimits.of_noise(TINY, "fp32", {key: 1e-4, Key(b"c", 0, 0): 1e-9})
+    assert limits.of(other) == limits.worst == limits.of(key) == NOISE_SAFETY * 1e-4
     assert limits.of(Key(b"c", 0, 0)) == FLOOR * expected_noise(TINY, "fp32")
-    assert limits.conditioning == pytest.approx(1e-3 / expected_noise(TINY, "fp32"))
+    assert limits.conditioning == pytest.approx(1e-4 / expected_noise(TINY, "fp32"))
+
+
+def test_no_model_is_so_steep_that_a_part_may_be_wrong() -> None:
+    steepest = RowLimits.of_noise(TINY, "fp16", {Key(b"a", 0, 0): LARGEST_NOISE})
+    assert steepest.conditioning == LARGEST_CONDITIONING < LARGEST_NOISE / expected_noise(TINY, "fp16")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_rows_that_overflow_float32_are_as_noisy_as_can_be_and_not_without_limit() -> None:
+    session = TorchSession(Decoder.from_tensors(TINY, dict(random_tensors(TINY, 0)).__getitem__, torch.float64))
+    exact = {key: values.astype(np.float64) for key, values in logits_by_row(session, [ROW]).items()}
+    with in_float32(session) as noisy:
+        noisy.decoder.norm.weight.data *= 3e38
+        limits = measure_limits(exact, noisy, "fp32", [ROW])
+    assert set(limits.noise.values()) == {LARGEST_NOISE} and limits.worst == NOISE_SAFETY * LARGEST_NOISE
 
 
 @pytest.mark.parametrize("config", [TINY, THREE, TIED], ids=["two", "three", "tied"])
