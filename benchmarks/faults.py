@@ -369,14 +369,13 @@ def written_at_the_start(cache: str) -> Plant:
 def heads_rolled(bundle: Doctored) -> None:
     """Each query head of layer 0 attends over its neighbour's keys."""
     order = bundle.constant(np.roll(np.arange(bundle.config.num_heads), -1))
-    for name in ("text", "audio"):
-        product = bundle.node("Gemm", f"layers.0.attention.wq.{name}")
 
-        def rolled(rows: str) -> str:
-            heads = bundle.make("Reshape", rows, bundle.constant([0, bundle.config.num_heads, -1]))
-            turned = bundle.make("Gather", heads, order, axis=1)
-            return bundle.make("Reshape", turned, bundle.constant([0, bundle.config.num_heads * bundle.config.head_size]))
+    def rolled(rows: str) -> str:
+        heads = bundle.make("Reshape", rows, bundle.constant([0, bundle.config.num_heads, -1]))
+        turned = bundle.make("Gather", heads, order, axis=1)
+        return bundle.make("Reshape", turned, bundle.constant([0, bundle.config.num_heads * bundle.config.head_size]))
 
+    for product in bundle.nodes("Gemm", "layers.0.attention.wq."):
         bundle.behind(product.output[0], rolled)
 
 
@@ -861,8 +860,8 @@ def _numeric_faults() -> list[Fault]:
         ),
         fault(
             "one layer's attention rounded to bf16",
-            cast_through(brain, made_by("Gather", "layers.0.attention/", 7)),
-            (0, OUTPUT),
+            cast_through(brain, made_by("Attention", "layers.0.attention/")),
+            (0, ATTENTION),
         ),
         fault("one weight rounded to fp16", change(_weight(0, "feed_forward.text.w2.weight"), through_half), (0, EXPERTS)),
         fault("approximate GELU", set_attribute("Gelu", "approximate", "tanh"), (0, EXPERTS)),
