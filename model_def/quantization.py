@@ -27,9 +27,9 @@ QUANTIZED_PARTS = ("attention", "expert", "head", "embedding")
 HIDDEN = "hidden"
 _SELECTED_PARTS = (*QUANTIZED_PARTS, HIDDEN)
 
-# In models narrower than this 4 bits lose more, since in sums of few products fewer errors cancel: they have smaller blocks,
-# and 8 bits where 4 lose most: in the head, in what reads hidden activations, and, where that is a small share of the model,
-# in the first and the last layer (docs/decisions/0025).
+# In models narrower than this both types lose more, since in sums of few products fewer errors cancel: they have smaller
+# blocks, under which a CPU rounds activations too. int4 has 8 bits where 4 lose most: in the head, in what reads hidden
+# activations, and, where that is a small share of the model, in the first and the last layer (docs/decisions/0025).
 NARROW_WIDTH, NARROW_BLOCK_SIZE, FEWEST_LAYERS_WITH_EDGES = 1024, 32, 10
 
 # The greatest code on either side of zero. fp8 is e4m3 without infinities, whose greatest number is 448.
@@ -202,17 +202,17 @@ class Quantization:
             by_output: types that have one scale per output where no block size is given.
             signed: whether scales may be negative.
             packed: whether q, k and v are one product.
-            careful: whether int4 of a narrow model has smaller blocks, and int8 at its ends, where nothing else is said.
+            careful: whether a narrow model has smaller blocks, and in int4 8 bits at its ends, where nothing else is said.
             half_scales: whether scales are stored in float16.
             calibration: what errors are weighed by.
 
         Raises:
             ConfigError: for formats that do not exist, or that the model's widths do not fit.
         """
-        careful = careful and stored == "int4" and config.model_width < NARROW_WIDTH
+        careful = careful and stored in ("int4", "int8") and config.model_width < NARROW_WIDTH
         blocks = {kind: block_size or usual_block_size(config) for kind in CODE_RANGE}
-        if careful and block_size is None and (fitting := blocks["int4"]) is not None:
-            blocks["int4"] = min(fitting, NARROW_BLOCK_SIZE)
+        if careful and block_size is None and (fitting := blocks[stored]) is not None:
+            blocks[stored] = min(fitting, NARROW_BLOCK_SIZE)
 
         def how(kind: Stored | None, size: int | None, is_table: bool) -> WeightFormat | None:
             if kind is None or kind == "fp16":
@@ -221,7 +221,8 @@ class Quantization:
             return WeightFormat(kind, size or usual, symmetric or is_table or kind == "fp8")
 
         pairs = [(part, how(stored, None, False)) for part in QUANTIZED_PARTS if part != "embedding"]
-        pairs += [(part, how("int8", None, False)) for part in (("head", HIDDEN, *_edges(config)) if careful else ())]
+        if careful and stored == "int4":
+            pairs += [(part, how("int8", None, False)) for part in ("head", HIDDEN, *_edges(config))]
         pairs.append(("embedding", how(table, None, True)))
         pairs += [(selector, how(kind, size, selector.startswith("embedding"))) for selector, kind, size in overrides]
         tied = config.tied_embeddings and any(format is not None for selector, format in pairs if selector == "embedding")

@@ -8,6 +8,7 @@ from motrt.errors import ConfigError, InputError
 from motrt.model_def.config import Modality, ModelConfig, SwigluExpert
 from motrt.model_def.parameters import EMBEDDING, SHARED_HEAD, Parameter, parameters
 from motrt.model_def.quantization import (
+    NARROW_BLOCK_SIZE,
     Quantization,
     WeightFormat,
     parse_override,
@@ -114,7 +115,9 @@ def test_a_narrow_model_has_smaller_blocks_and_8_bits_at_its_ends() -> None:
     assert kinds == {WeightFormat("int4", 64)}
     wide = ModelConfig.preset("llama-3.2-1b")
     assert Quantization.usual("int4", wide, careful=True) == Quantization.usual("int4", wide)
-    assert Quantization.usual("int8", narrow, careful=True) == Quantization.usual("int8", narrow)
+    assert Quantization.usual("int8", narrow, careful=True) == Quantization.usual("int8", narrow, NARROW_BLOCK_SIZE)
+    assert Quantization.usual("int8", wide, careful=True) == Quantization.usual("int8", wide)
+    assert Quantization.usual("int8", narrow, 64, careful=True) == Quantization.usual("int8", narrow, 64)
 
 
 def test_half_scales_are_counted_as_two_bytes() -> None:
