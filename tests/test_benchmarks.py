@@ -190,3 +190,18 @@ def test_damaged_files_and_runs_at_once_are_tried_and_counted(tmp_path: Path) ->
     assert outcomes["bits"] == {"refused": 2}
     counts = {name: sum(found.values()) for name, found in outcomes.items()}
     assert counts == {"bits": 2, "manifests": 4, "checkpoints": 4, "kills": 1, "races": 1}
+
+
+def test_what_8_bit_activations_lose_is_told_by_product(make_checkpoint: Callable[[ModelConfig], Path], tmp_path: Path) -> None:
+    bundle, data = tmp_path / "int8", tmp_path / "ids.jsonl"
+    export_bundle(make_checkpoint(ModelConfig.tiny()), bundle, "int8", verify=False)
+    data.write_text("[1, 2, 3, 4, 5, 100, 101, 102, 6, 7]\n", encoding="utf-8")
+    script = str(ROOT / "benchmarks" / "rounded_activations.py")
+    done = subprocess.run([sys.executable, script, str(bundle), "--data", str(data)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lost = json.loads(done.stdout.splitlines()[-1])["mean_kl"]
+    assert {"all", "attention.wq.text", "feed_forward.audio.fc2", "head", "layer 0"} <= set(lost)
+    for modality in ("text", "audio"):
+        assert lost["all"][modality] > lost["layer 0"][modality] / 10 > 0
+        assert lost["all"][modality] != lost["all, in blocks of 16"][modality] > 0
+    assert lost["feed_forward.audio.fc2"]["audio"] > 0
