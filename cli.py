@@ -384,7 +384,9 @@ def chosen_engine_options(target: str, given: dict[str, Any]) -> Any:
 
 QUANTIZE_OPTIONS = (
     click.option(
-        "--block-size", type=click.IntRange(1), help="Weights that share a scale.  [default: 128, or what the widths allow]"
+        "--block-size",
+        type=click.IntRange(1),
+        help="Weights that share a scale.  [default: 128, or what the widths allow; 32 in narrow models]",
     ),
     click.option("--asymmetric", is_flag=True, help="A zero point for every block, too; it does not always lose less."),
     click.option("--part", multiple=True, help="Store a part otherwise: head=int8, expert.audio=int4:32, embedding=none."),

@@ -75,7 +75,7 @@ class QuantizeOptions:
     """What people choose of quantised weights; see ``model_def.quantization``.
 
     Attributes:
-        block_size: inputs that share a scale; None: 128, or the largest that the model's widths allow.
+        block_size: inputs that share a scale; None: 128, or the largest that the model's widths allow, or 32 in narrow models.
         symmetric: whether zero is code 0; else every block has a zero point.
         parts: what is stored otherwise: ``head=int8``, ``expert.audio=int4:32``, ``embedding=none``.
         scales: ``search`` or ``absmax``.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from motrt.model_def.quantization import (
 from motrt.runtime.bundle import Manifest, open_bundle, record_files, write_manifest
 from motrt.runtime.onnx_session import OnnxSession
 from motrt.runtime.step_inputs import StepInputs, modality_of_ids
+from motrt.runtime.torch_session import TorchSession
 from motrt.tests.export.models import EQUAL, ONE, THREE, TIED, TINY, Weight, load_whole, save_whole, set_weight, weight
 
 MakeCheckpoint = Callable[[ModelConfig], Path]
@@ -610,3 +612,17 @@ def test_another_backend_is_asked_for_the_checkpoints_weights_too(
         report = climb_session(opened, EQUAL, open_checkpoint(make_checkpoint(EQUAL)), Steps(), {}, subject=subject)
         assert report.verdict is verdict
         assert {"P1", "loss"} < {one.rung for one in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [(ONE, ["0"] * 4), (TINY, ["0", "1", "01", "01"]), (THREE, ["0", "1", "2", "012"])]
+)
+def test_loss_is_sampled_of_each_modality_alone_and_of_all_in_their_order(
+    config: ModelConfig, expected: list[str], make_checkpoint: MakeCheckpoint
+) -> None:
+    with TorchSession.open(open_checkpoint(make_checkpoint(config)), "fp32") as session:
+        rows = quantization_loss.sampled_rows(session)
+        turns = ["".join(str(one) for one, _ in groupby(modality_of_ids(row, config).tolist())) for row in rows]
+        assert turns == expected and {len(row) for row in rows} == {quantization_loss.NUM_TOKENS + 1}
+        for row, again in zip(rows, quantization_loss.sampled_rows(session), strict=True):
+            np.testing.assert_array_equal(row, again)
