@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import track
 
 from motrt.benchmarks.document import leave, machine
+from motrt.errors import InputError, MotrtError
 from motrt.export.parity.quantization_loss import deployed_decoder, expected_of, losses_of
 from motrt.export.parity.token_file import read_token_file
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.report import table
-from motrt.model_def.parameters import SHARED_HEAD
 from motrt.runtime.bundle import open_bundle
 from motrt.runtime.torch_session import TorchSession
 
@@ -39,7 +39,23 @@ def choices(blocks: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 
 def kind_of(name: str) -> str:
     """Return which matrix of a layer a weight is, with its route, or that it is a head."""
-    return "head" if name == SHARED_HEAD or not name.startswith("layers.") else name.split(".", 2)[2].removesuffix(".weight")
+    return name.split(".", 2)[2].removesuffix(".weight") if name.startswith("layers.") else "head"
+
+
+def losses_by_product(bundle: Path, data: Path) -> dict[str, dict[str, float]]:
+    """Return the mean KL, in nats, by what is rounded before, and by predicted modality."""
+    opened = open_bundle(bundle)
+    config, how = opened.config, opened.manifest.quantization
+    if how is None or not (blocks := how.activation_blocks(config)):
+        raise InputError(f"{bundle} has no products that round their activations: export it with --precision int8 or int4")
+    weights = QuantizedWeights(opened.model_path, config, how)
+    with TorchSession(deployed_decoder(config, weights.read, {})) as session:
+        expected = expected_of(session, read_token_file(data, config))
+    found = {}
+    for name, chosen in track(list(choices(blocks)), "asking", console=Console(stderr=True)):
+        with TorchSession(deployed_decoder(config, weights.read, chosen)) as session:
+            found[name] = {modality: loss.kl_mean for modality, loss in losses_of(session, expected).items()}
+    return found
 
 
 @click.command()
@@ -50,20 +66,13 @@ def kind_of(name: str) -> str:
 def main(bundle: Path, data: Path, threads: int, json_file: Path | None) -> None:
     """Measure, then one JSON document last."""
     torch.set_num_threads(threads)
-    opened = open_bundle(bundle)
-    config, how = opened.config, opened.manifest.quantization
-    if how is None or not (blocks := how.activation_blocks(config)):
-        raise click.ClickException(f"{bundle} has no products that round their activations: export it with --precision int8")
-    weights = QuantizedWeights(opened.model_path, config, how)
-    with TorchSession(deployed_decoder(config, weights.read, {})) as session:
-        expected = expected_of(session, read_token_file(data, config))
-    console, found = Console(stderr=True), {}
-    for name, chosen in track(list(choices(blocks)), "asking", console=console):
-        with TorchSession(deployed_decoder(config, weights.read, chosen)) as session:
-            found[name] = {modality: loss.kl_mean for modality, loss in losses_of(session, expected).items()}
+    try:
+        found = losses_by_product(bundle, data)
+    except MotrtError as wrong:
+        raise click.ClickException(str(wrong)) from None
     rows = [(name, *(f"{value:.5f}" for value in one.values())) for name, one in found.items()]
     columns = ["rounded before", *(f"{name}>" for name in found["all"])]
-    console.print(table(f"{bundle}: mean KL of 8-bit activations, nats", columns, rows))
+    Console(stderr=True).print(table(f"{bundle}: mean KL of 8-bit activations, nats", columns, rows))
     leave({"machine": machine("motrt", "torch"), "bundle": bundle.name, "mean_kl": found}, json_file)
 
 

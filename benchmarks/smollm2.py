@@ -74,7 +74,7 @@ def converted(gguf: Path, out: Path) -> Path:
     return out
 
 
-def shuffled(checkpoint: Path, out: Path) -> None:
+def shuffle(checkpoint: Path, out: Path) -> None:
     """Write the same model with channels of the stream, of experts and of each head's values in another order."""
     source, chance = open_checkpoint(checkpoint), torch.Generator().manual_seed(0)
     config = source.config
@@ -149,17 +149,16 @@ def compare_ids(gguf: Path, checkpoint: Path, page: str) -> dict[str, int]:
 @click.command(help=(__doc__ or "").splitlines()[0])
 @click.argument("work", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Compare logits and ids with transformers'.")
-@click.option(
-    "--shuffled", "is_shuffled", is_flag=True, help="Make WORK/shuffled too: the same with channels in another order."
-)
+@click.option("--shuffled", is_flag=True, help="Make WORK/shuffled too: the same with its channels in another order.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the document here too.")
-def main(work: Path, check: bool, is_shuffled: bool, json_file: Path | None) -> None:
+def main(work: Path, check: bool, shuffled: bool, json_file: Path | None) -> None:
     gguf = fetched(work)
     checkpoint = converted(gguf, work / "model")
     console = Console(stderr=True)
     console.print(f"{checkpoint}: SmolLM2-135M-Instruct, dequantized; look at it with `motrt inspect {checkpoint}`")
-    if is_shuffled:
-        shuffled(checkpoint, work / "shuffled")
+    if shuffled:
+        if not (work / "shuffled").is_dir():
+            shuffle(checkpoint, work / "shuffled")
         console.print(f"{work / 'shuffled'}: the same with its channels in another order")
     if not check:
         return

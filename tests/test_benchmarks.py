@@ -201,7 +201,9 @@ def test_what_8_bit_activations_lose_is_told_by_product(make_checkpoint: Callabl
     assert done.returncode == 0, done.stderr
     lost = json.loads(done.stdout.splitlines()[-1])["mean_kl"]
     assert {"all", "attention.wq.text", "feed_forward.audio.fc2", "head", "layer 0"} <= set(lost)
-    for modality in ("text", "audio"):
-        assert lost["all"][modality] > lost["layer 0"][modality] / 10 > 0
-        assert lost["all"][modality] != lost["all, in blocks of 16"][modality] > 0
-    assert lost["feed_forward.audio.fc2"]["audio"] > 0
+    told = [
+        lost[name][modality] for name in ("all", "all, in blocks of 16", "head", "layer 0") for modality in ("text", "audio")
+    ]
+    assert min(told) > 0 and len(set(told)) == len(told)  # other products are rounded before every time
+    none = subprocess.run([sys.executable, script, str(tmp_path), "--data", str(data)], capture_output=True, text=True)
+    assert none.returncode == 1 and none.stderr.startswith("Error: ") and "motrt export" in none.stderr

@@ -202,23 +202,19 @@ def _mean_kl(config: ModelConfig, read: Read, blocks: Mapping[str, int], expecte
 def sampled_rows(session: Session, seed: int = 11) -> list[Int64]:
     """Let ``session`` write a few sequences: each modality by itself, and then all of them in their order."""
     config, names = session.config, session.config.modality_names
-    count = min(NUM_TOKENS, config.max_seq_len - 1)
-    num_alone = len(names) if len(names) > 1 else NUM_ROWS
-    firsts = [config.id_ranges[row % len(names)] for row in range(num_alone)]
-    firsts += [config.id_ranges[0]] * (max(NUM_ROWS - num_alone, 1) if len(names) > 1 else 0)
-    prompts = [[ids.start + seed * (row + 1) % len(ids)] for row, ids in enumerate(firsts)]
-    samplings = [Sampling(temperature=1.0, seed=seed + row) for row in range(len(prompts))]
+    count, num_alone = min(NUM_TOKENS, config.max_seq_len - 1), len(names)
+    firsts = [*config.id_ranges, *[config.id_ranges[0]] * max(NUM_ROWS - num_alone, 1)]
+    said = [[ids.start + seed * (row + 1) % len(ids)] for row, ids in enumerate(firsts)]
+    samplings = [Sampling(temperature=1.0, seed=seed + row) for row in range(len(said))]
 
     def in_order(progress: Progress) -> str | None:
         done = len(progress.tokens)
         return names[done * len(names) // count] if done < count else None
 
-    said: list[list[int]] = [list(prompt) for prompt in prompts]
-    for rows, schedule in ((range(num_alone), None), (range(num_alone, len(prompts)), in_order)):
-        if rows:
-            chosen = slice(rows.start, rows.stop)
-            for step in session.generate(prompts[chosen], schedule=schedule, sampling=samplings[chosen], max_tokens=count):
-                said[rows[step.row]].append(step.token_id)
+    for rows, schedule in ((slice(num_alone), None), (slice(num_alone, None), in_order)):
+        prompts = [list(one) for one in said[rows]]
+        for step in session.generate(prompts, schedule=schedule, sampling=samplings[rows], max_tokens=count):
+            said[rows][step.row].append(step.token_id)
     return [np.array(row, np.int64) for row in said]
 
 
