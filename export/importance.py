@@ -21,8 +21,8 @@ from motrt.model_def.head_surgery import Read
 from motrt.model_def.parameters import SHARED_HEAD
 from motrt.runtime.tokenizer import read_tokenizer
 
-# Sampled sequences: rows, tokens of each, tokens of one modality in a row, rounds.
-NUM_ROWS, NUM_TOKENS, RUN_LENGTH, NUM_ROUNDS = 8, 64, 16, 4
+# Sampled sequences: rows, tokens of each, rounds.
+NUM_ROWS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 4
 
 # Of a file: tokens of one row, and of one pass, which costs what reading all weights costs.
 FILE_ROW, TOKENS_PER_PASS = 128, 2048
@@ -87,11 +87,14 @@ def _passes(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def sample_rows(decoder: StreamedDecoder, seed: int = 11) -> Tensor:
-    """Sequences [rows, tokens] of the model's own, in which modalities take turns."""
+    """Sample sequences [rows, tokens] from the model: one of each modality alone, the others of all modalities in their order.
+
+    Those are the turns that a model was trained on, if it was on any; of others its activations say little.
+    """
     config, chance = decoder.config, torch.Generator().manual_seed(seed)
-    length = min(NUM_TOKENS, config.max_seq_len)
-    turns = torch.arange(length)[None] // RUN_LENGTH + torch.arange(NUM_ROWS)[:, None]
-    modality = turns % len(config.modalities)
+    length, num_alone = min(NUM_TOKENS, config.max_seq_len), len(config.modalities)
+    in_order = (torch.arange(length) * num_alone // length).expand(max(NUM_ROWS - num_alone, 1), -1)
+    modality = torch.cat([torch.arange(num_alone)[:, None].expand(-1, length), in_order])  # [rows, tokens]
     first = torch.tensor([ids.start for ids in config.id_ranges])[modality]
     count = torch.tensor([len(ids) for ids in config.id_ranges])[modality]
     rows = first + (torch.rand(modality.shape, generator=chance, dtype=torch.float64) * count).long()
