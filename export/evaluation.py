@@ -44,7 +44,7 @@ class EvaluateOptions:
         context: ids of a chunk, at most; None: 300, or what the model holds.
         max_tokens: read no more ids than this; None: all.
         against: another bundle or checkpoint to compare with.
-        backend: what runs a bundle; ``auto``: the best that is here.
+        backend: what runs a bundle; ``auto``: the best that is here. ``torch`` runs checkpoints alone.
         num_threads: onnxruntime's; 0: one per core.
         record: write the figures into the bundle's manifest.
     """
@@ -71,8 +71,8 @@ def evaluate(path: str | Path, options: EvaluateOptions, steps: Steps | None = N
         Perplexity by predicted modality; with another model, its perplexity, the divergence, and how often the best ids agree.
 
     Raises:
-        InputError: for a text that can not be used, a context that the model does not hold, models with other ids, or figures
-            to be recorded in what is no bundle; before anything is computed.
+        InputError: for a text that can not be used, a context that the model does not hold, models with other ids, figures to
+            be recorded in what is no bundle, or a bundle in backend torch; before anything is computed.
         ParityError: when a model gives logits that are no numbers.
         BundleError, CheckpointError, BackendError: as ``load``.
     """
@@ -81,6 +81,11 @@ def evaluate(path: str | Path, options: EvaluateOptions, steps: Steps | None = N
         raise InputError("give one of a text and a file of ids")
     if options.record and not is_bundle(where):
         raise InputError(f"{where} is no bundle: figures are recorded in a bundle's manifest")
+    if options.backend == "torch" and is_bundle(where):
+        raise InputError(
+            f"backend torch runs the checkpoint that {where} was made of, and its figures would not be the bundle's: evaluate "
+            "the checkpoint itself, or choose another backend"
+        )
     text = None if options.text is None else _read_text(options.text)
     with ExitStack() as opened:
         with steps.step(f"open {where.name}"):
