@@ -13,9 +13,11 @@ import torch
 
 from motrt.benchmarks import gpu_contender, gpu_decode
 from motrt.benchmarks.contender import CASES, LONG_PROMPT, timed
+from motrt.benchmarks.error_compensation import compensated, losses_by_way, nearest
 from motrt.benchmarks.gpu_contender import OPERATORS
 from motrt.export.bundle_from_checkpoint import export_bundle
 from motrt.model_def.config import ModelConfig
+from motrt.model_def.quantization import WeightFormat
 from motrt.tests.runtime.test_onnx_cuda_session import OnTheHost
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,3 +209,31 @@ def test_what_8_bit_activations_lose_is_told_by_product(make_checkpoint: Callabl
     assert min(told) > 0 and len(set(told)) == len(told)  # other products are rounded before every time
     none = subprocess.run([sys.executable, script, str(tmp_path), "--data", str(data)], capture_output=True, text=True)
     assert none.returncode == 1 and none.stderr.startswith("Error: ") and "motrt export" in none.stderr
+
+
+def test_errors_are_made_up_for_where_inputs_go_together() -> None:
+    chance, how = torch.Generator().manual_seed(0), WeightFormat("int4", 32)
+    weight = torch.randn(48, 128, generator=chance)
+    apart = torch.diag(torch.rand(128, generator=chance) + 0.5)  # inputs that tell nothing of each other
+    torch.testing.assert_close(compensated(weight, how, apart), nearest(weight, how, apart))
+    mixed = torch.randn(4096, 24, generator=chance) @ torch.randn(24, 128, generator=chance)
+    x = mixed + 0.3 * torch.randn(4096, 128, generator=chance)
+    together = x.T @ x / len(x)
+    lost = [(x @ (made - weight).T).square().mean() for made in (f(weight, how, together) for f in (compensated, nearest))]
+    assert lost[0] < 0.5 * lost[1]
+
+
+def test_what_compensation_would_bring_is_measured_on_both_modalities(
+    make_checkpoint: Callable[[ModelConfig], Path], tmp_path: Path
+) -> None:
+    checkpoint, data = make_checkpoint(ModelConfig.tiny()), tmp_path / "ids.jsonl"
+    export_bundle(checkpoint, tmp_path / "int4", "int4", verify=False)
+    data.write_text("[1, 2, 3, 4, 5, 100, 101, 102, 6, 7]\n", encoding="utf-8")
+    found = losses_by_way(tmp_path / "int4", checkpoint, data)
+    bundle, same = found["the bundle"], found["nearest codes, sampled at once"]
+    assert set(found) == {"the bundle"} | {
+        f"{way}, sampled {how}" for way in ("nearest codes", "compensated") for how in ("at once", "in order")
+    }
+    assert all(set(one) == {"text", "audio"} and min(one.values()) > 0 for one in found.values())
+    assert bundle == pytest.approx(same, rel=0.05)  # the export samples and chooses in the same way
+    assert len({tuple(one.values()) for one in found.values() if one is not same and one is not bundle}) == 3
