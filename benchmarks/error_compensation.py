@@ -173,7 +173,9 @@ def main(bundle: Path, checkpoint: Path, data: Path, threads: int, json_file: Pa
     except MotrtError as wrong:
         raise click.ClickException(str(wrong)) from None
     rows = [(name, *(f"{value:.4f}" for value in one.values())) for name, one in found.items()]
-    Console(stderr=True).print(table(f"{bundle}: mean KL, nats", ["codes", *(f"{name}>" for name in found["the bundle"])], rows))
+    Console(stderr=True).print(
+        table(f"{bundle}: mean KL, nats", ["codes", *(f"{name}>" for name in found["the bundle"])], rows)
+    )
     leave({"machine": machine("motrt", "torch"), "bundle": bundle.name, "mean_kl": found}, json_file)
 
 

@@ -232,7 +232,9 @@ def test_logits_that_are_no_numbers_are_not_measured(tmp_path: Path, data: Path)
         evaluate(tmp_path / "nan", EvaluateOptions(data=data))
 
 
-def test_figures_of_the_checkpoint_are_not_passed_off_as_a_bundles(tiny_bundle: Path, tiny_checkpoint: Path, data: Path) -> None:
+def test_figures_of_the_checkpoint_are_not_passed_off_as_a_bundles(
+    tiny_bundle: Path, tiny_checkpoint: Path, data: Path
+) -> None:
     with pytest.raises(InputError, match="runs the checkpoint that .* was made of"):
         evaluate(tiny_bundle, EvaluateOptions(data=data, backend="torch"))
     assert evaluate(tiny_checkpoint, EvaluateOptions(data=data, backend="torch")).backend.startswith("torch")
