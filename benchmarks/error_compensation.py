@@ -93,7 +93,7 @@ def squares_of_inputs(decoder: Decoder, rows: Tensor) -> dict[str, Tensor]:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("layers.")
     ]
-    for part in rows.split(ROWS_OF_A_PASS):
+    for part in (rows[first : first + ROWS_OF_A_PASS] for first in range(0, len(rows), ROWS_OF_A_PASS)):
         modality = torch.from_numpy(modality_of_ids(part.numpy(), decoder.config))
         start, wanted = torch.zeros(len(part), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         with torch.inference_mode():
