@@ -22,6 +22,7 @@ import onnx_ir.passes.common as common_passes
 import torch
 from onnx_ir import tensor_adapters
 from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -50,6 +51,32 @@ SMALLEST_EXTERNAL_BYTES = 64
 
 # Since 1.1 onnx-ir writes tensors in several threads where it is not told otherwise, each with one in memory.
 ONE_AT_A_TIME: dict[str, Any] = {"max_workers": 1} if "max_workers" in inspect.signature(ir.save).parameters else {}
+
+
+# What a trace of the decoder can be written shorter by, in the order in which the rewriter has its rules. The others are of
+# convolutions, or look at every node for each node: quadratic in the number of layers.
+REWRITES = (
+    rules.mul_by_1_rule,
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+)
 
 
 class SelectingDecoder(Decoder):
@@ -206,7 +233,7 @@ def _simplify(model: ir.Model) -> None:
     common_passes.InlinePass()(model)
     for _ in range(2):  # what one round folds, the next can rewrite
         optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=8192, output_size_limit=1 << 18)
-        rewriter.rewrite(model)
+        rewriter.rewrite(model, REWRITES)
     ir.passes.Sequential(
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.DeduplicateInitializersPass(),
