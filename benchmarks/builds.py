@@ -80,9 +80,9 @@ class Build:
 
 @contextmanager
 def traces_shared() -> Iterator[Callable[..., ir.Model]]:
-    """Within, ``export_bundle`` traces each configuration, dtype and graph once: the values of weights are in no trace.
+    """Let ``export_bundle`` trace each configuration, dtype and graph once: the values of weights are in no trace.
 
-    Gives ``trace`` with that memory.
+    PyTorch's registry of operators is made once, too. Gives ``trace`` with that memory.
     """
     made: dict[tuple[str, str, Graph], ir.Model] = {}
 

@@ -4,8 +4,8 @@
 
 Seeds, sizes, routings, heads and precisions; ``--outliers`` makes weights stand out besides. Each is exported and verified as
 ``motrt verify --bisect`` verifies it, a worker on each core. A graph that FAILs, or a part over its budget, is a false alarm;
-AMBIGUOUS is counted apart, and so are formats that lose more than their budget, which is no fault of the graph. Leaves with 1
-where there was a false alarm.
+AMBIGUOUS is counted apart, and so are formats that lose more than their budget (in the document): no fault of the graph. Exit
+code 1 where there was a false alarm, or an export that was refused.
 """
 
 import os
@@ -97,7 +97,7 @@ def ask(build: Build, folder: Path) -> dict[str, Any]:
     try:
         report = verify_bundle(build.make(folder), options=VerifyOptions(bisect=True))
     except MotrtError as refusal:
-        return {"verdict": "REFUSED", "loss": None, "share": float("inf"), "wrong": str(refusal)}
+        return {"verdict": "REFUSED", "loss": None, "share": 0.0, "wrong": str(refusal)}
     wrong = [str(one) for one in report.failed if one.rung != LOSS]
     bisected: dict[str, Any] = report.evidence["bisect"]
     if bisected["first"] is not None or bisected["broken"]:

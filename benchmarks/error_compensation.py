@@ -2,15 +2,14 @@
 
     .venv/bin/python benchmarks/error_compensation.py BUNDLE --checkpoint MODEL --data text.jsonl [--json FILE]
 
-Formats are the bundle's; table and head stay what they are there. Every other product is quantized twice, with scales chosen
-the same way: to the nearest codes, and column by column, where what is lost of one column is made up for in those behind it
-(Frantar et al., "GPTQ", 2022, algorithm 1, blocks of the format's size, dampened by a hundredth). Both for the few ids that an
-export samples at once, and for eight times as many that the model says in order. Measured is the mean KL divergence from the
-checkpoint, in PyTorch with activations as they are.
+Formats are the bundle's, and how its scales are chosen; table and head stay what they are there. Every other product is
+quantized twice: to the nearest codes, and column by column, where what is lost of one column is made up for in those behind it
+(Frantar et al., "GPTQ", 2022, algorithm 1, blocks of the format's size, dampened by a hundredth; inputs are those of the full
+model, and not of the layers quantized before). Both for the ids that an export samples at once, and for eight times as many
+that are sampled token by token. Measured is the mean KL divergence from the checkpoint, in PyTorch with activations as they are.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,11 +20,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from motrt.benchmarks.document import leave, machine
-from motrt.errors import InputError, MotrtError
+from motrt.errors import CheckpointError, InputError, MotrtError
 from motrt.export.importance import sample_rows
-from motrt.export.parity.quantization_loss import expected_of, losses_of
+from motrt.export.parity.quantization_loss import expected_of, losses_of, sampled_rows
 from motrt.export.parity.token_file import read_token_file
-from motrt.export.quantize import choose_scales, codes_under, dequantize
+from motrt.export.quantize import BlockScales, choose_scales, codes_under, dequantize
 from motrt.export.quantized_weights import QuantizedWeights
 from motrt.export.report import table
 from motrt.export.streamed_decoder import StreamedDecoder
@@ -36,32 +35,33 @@ from motrt.model_def.head_surgery import with_head
 from motrt.model_def.parameters import parameters
 from motrt.model_def.quantization import CODE_RANGE, Quantization, WeightFormat
 from motrt.runtime.bundle import open_bundle
-from motrt.runtime.sampling import Sampling
 from motrt.runtime.step_inputs import modality_of_ids
 from motrt.runtime.torch_session import TorchSession
 
-IN_ORDER = 32, 128  # sequences and their ids
+TOKEN_BY_TOKEN = 32, 128  # sequences and their ids
 DAMPENING = 0.01  # of the mean of the diagonal, as the authors have it
 ROWS_OF_A_PASS = 8
 
 
-def compensated(weight: Tensor, how: WeightFormat, squares: Tensor) -> Tensor:
+def compensated(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> Tensor:
     """Return the dequantized weight [out, in] whose columns make up for the errors of those before them.
 
     Args:
         weight: [out, in].
         how: its format, symmetric.
         squares: the mean outer product of its inputs, [in, in].
+        all_of_it: how scales are chosen.
     """
     left, done = weight.clone(), torch.empty_like(weight)
-    width, (low, high) = weight.shape[1], CODE_RANGE[how.stored]
-    size, dampened = how.block_size or width, squares.clone()
+    (low, high), size = CODE_RANGE[how.stored], how.block_size or weight.shape[1]
+    dampened = squares.clone()
     dampened.diagonal().add_(DAMPENING * squares.diagonal().mean())
+    dampened.diagonal()[dampened.diagonal() == 0] = 1.0  # nothing was ever read there
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(dampened)), upper=True)
-    for start in range(0, width, size):
+    for start in range(0, weight.shape[1], size):
         block = slice(start, start + size)
-        one, ours, errors = replace(how, block_size=size), left[:, block].clone(), torch.empty_like(left[:, block])
-        scale = choose_scales(ours, one, "search", torch.float16, True, squares.diagonal()[block]).scales[:, 0].float()
+        ours, errors = left[:, block].clone(), torch.empty_like(left[:, block])
+        scale = _chosen(ours, how, squares.diagonal()[block], all_of_it).scales[:, 0].float()
         for column in range(size):
             done[:, start + column] = (ours[:, column] / scale).round().clamp(low, high) * scale
             errors[:, column] = (ours[:, column] - done[:, start + column]) / inverse[start + column, start + column]
@@ -70,17 +70,24 @@ def compensated(weight: Tensor, how: WeightFormat, squares: Tensor) -> Tensor:
     return done
 
 
-def nearest(weight: Tensor, how: WeightFormat, squares: Tensor) -> Tensor:
-    """Return the dequantized weight [out, in] of the nearest codes, under scales that are weighed as an export does it."""
-    chosen = choose_scales(weight, how, "search", torch.float16, True, squares.diagonal())
+def nearest(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> Tensor:
+    """Return the dequantized weight [out, in] of the nearest codes, as an export chooses them."""
+    chosen = _chosen(weight, how, squares.diagonal(), all_of_it)
     return dequantize(codes_under(weight, how, chosen), how, chosen)
+
+
+def _chosen(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> BlockScales:
+    """Choose the scales of ``weight`` [out, in], or of some of its columns, by the mean squares of their inputs [in]."""
+    dtype = torch.float16 if all_of_it.half_scales else torch.float32
+    counts = squares if all_of_it.weighs_errors_of(how) else None
+    return choose_scales(weight, how, all_of_it.scales, dtype, all_of_it.signed, counts)
 
 
 WAYS = {"nearest codes": nearest, "compensated": compensated}
 
 
 def squares_of_inputs(decoder: Decoder, rows: Tensor) -> dict[str, Tensor]:
-    """Return, of every layer's product, the mean outer product of its inputs [in, in] over ``rows`` [rows, ids]."""
+    """Return the mean outer product of the inputs [in, in] of every layer's product, over ``rows`` [rows, ids]."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -103,35 +110,28 @@ def squares_of_inputs(decoder: Decoder, rows: Tensor) -> dict[str, Tensor]:
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
-def rows_in_order(session: TorchSession, seed: int = 3) -> Tensor:
-    """Let the model say sequences [rows, ids] of one modality each."""
-    ranges, (count, length) = session.config.id_ranges, IN_ORDER
-    length = min(length, session.config.max_seq_len)
-    chance = np.random.default_rng(seed)
-    said = [[int(chance.integers(ranges[row % len(ranges)].start, ranges[row % len(ranges)].stop))] for row in range(count)]
-    samplings = [Sampling(temperature=1.0, seed=seed + row) for row in range(count)]
-    for step in session.generate([list(one) for one in said], sampling=samplings, max_tokens=length - 1):
-        said[step.row].append(step.token_id)
-    return torch.tensor(said)
-
-
 def losses_by_way(bundle: Path, checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
     """Return the mean KL, in nats, by way of quantizing, and by predicted modality.
 
     Raises:
         InputError: for a bundle that is not quantized in symmetric whole numbers.
+        CheckpointError: for another checkpoint than it was made of.
     """
     opened, source = open_bundle(bundle), open_checkpoint(checkpoint)
     config, how = opened.config, opened.manifest.quantization
     if how is None or any(one.how.stored == "fp8" or not one.how.symmetric for one in how.coded_weights(parameters(config))):
-        raise InputError(f"{bundle} holds no symmetric codes: export it with --precision int4 or int8")
+        raise InputError(
+            f"{bundle} holds weights without codes, with zero points or in fp8: export it with --precision int4 or int8"
+        )
+    if source.sha256() != opened.manifest.source["sha256"]:
+        raise CheckpointError(f"{bundle} was not made of {checkpoint}: its hash differs")
     _, full = with_head(source.config, source.read, config.head)
     weights = QuantizedWeights(opened.model_path, config, how)
     with TorchSession(Decoder.from_tensors(config, full, torch.float32)) as session:
         expected = expected_of(session, read_token_file(data, config))
         rows = {
             "sampled at once": sample_rows(StreamedDecoder(config, full, torch.float32)),
-            "sampled in order": rows_in_order(session),
+            "sampled token by token": torch.from_numpy(np.stack(sampled_rows(session, *TOKEN_BY_TOKEN))),
         }
         squares = {name: squares_of_inputs(session.decoder, one) for name, one in rows.items()}
 
@@ -143,7 +143,7 @@ def losses_by_way(bundle: Path, checkpoint: Path, data: Path) -> dict[str, dict[
     found = {"the bundle": lost({})}
     for name, told, way in track(list(_asked(squares)), "quantizing", console=Console(stderr=True)):
         formats = _formats(config, how)
-        found[name] = lost({one: WAYS[way](full(one).float(), formats[one], told[one]) for one in told if one in formats})
+        found[name] = lost({one: WAYS[way](full(one).float(), formats[one], told[one], how) for one in told if one in formats})
     return found
 
 

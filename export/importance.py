@@ -4,7 +4,7 @@ An error of a weight reaches the product as often as its input is large, so the 
 (``quantize.choose_scales``). Sequences are the user's, or the model's own. Weights are read one module at a time, as the rest
 of an export does it: sampling a token at a time would read all of them for every token, so whole sequences are sampled at once,
 from random ids on. In every round one position in two is sampled anew, given what stands before it. Of a trained model, scales
-weighed so lose hardly more than by sequences that were sampled in order (docs/quantization.md).
+weighed so lose hardly more than by sequences that were sampled token by token (decision 0025).
 """
 
 from pathlib import Path
@@ -89,7 +89,7 @@ def _passes(rows: Tensor) -> tuple[Tensor, ...]:
 def sample_rows(decoder: StreamedDecoder, seed: int = 11) -> Tensor:
     """Sample sequences [rows, tokens] from the model: one of each modality alone, the others of all modalities in their order.
 
-    Those are the turns that a model was trained on, if it was on any; of others its activations say little.
+    Most models are trained so; of other turns ``--calibrate`` tells.
     """
     config, chance = decoder.config, torch.Generator().manual_seed(seed)
     length, num_alone = min(NUM_TOKENS, config.max_seq_len), len(config.modalities)

@@ -22,7 +22,8 @@ import onnx_ir.passes.common as common_passes
 import torch
 from onnx_ir import tensor_adapters
 from onnxscript import optimizer, rewriter
-from onnxscript.rewriter.rules import common as rules
+from onnxscript.rewriter import RewriteRule
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -53,30 +54,10 @@ SMALLEST_EXTERNAL_BYTES = 64
 ONE_AT_A_TIME: dict[str, Any] = {"max_workers": 1} if "max_workers" in inspect.signature(ir.save).parameters else {}
 
 
-# What a trace of the decoder can be written shorter by, in the order in which the rewriter has its rules. The others are of
-# convolutions, or look at every node for each node: quadratic in the number of layers.
-REWRITES = (
-    rules.mul_by_1_rule,
-    rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.div_by_1_rule,
-    rules.one_reshape_matmul_reshape_rule,
-    rules.two_reshapes_matmul_reshape_rule,
-    rules.cast_constant_of_shape_rule,
-    rules.cast_constant_of_shape_without_value_rule,
-    rules.collapse_slice_rule,
-    rules.collapse_slice2_rule,
-    rules.materialize_reshape_shape_rule,
-    rules.cast_cast_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.flatten_to_reshape_rule,
-    rules.reshape_reshape_rule,
-    rules.no_op_transpose_rule,
-    rules.transpose_transpose_rule,
-    rules.unsqueeze_unsqueeze_rule,
-    rules.squeeze_reshape_1d_rule,
-)
+# The rewriter's own rules but one: its brute-force match of two Slices lists all nodes for every node, which is quadratic in
+# the number of layers, and no graph here has such a pair. None, where a version keeps its rules elsewhere: all of them, slowly.
+_ALL_REWRITES: tuple[RewriteRule, ...] | None = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+REWRITES = None if _ALL_REWRITES is None else tuple(one for one in _ALL_REWRITES if one is not slice_split_rule)
 
 
 class SelectingDecoder(Decoder):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motrt.errors import BackendError, CheckpointError
+from motrt.errors import BackendError, CheckpointError, InputError
 from motrt.export.parity.failing_part import FAILING_PART, PART_FILE
 from motrt.export.parity.findings import Report
 from motrt.export.parity.gate import Extras, Subject, climb, climb_session
@@ -19,7 +19,7 @@ from motrt.export.steps import Steps
 from motrt.model_def.checkpoint.native import Checkpoint, open_checkpoint
 from motrt.model_def.graph import CANONICAL
 from motrt.runtime.bundle import Bundle, open_bundle
-from motrt.runtime.load import open_session, other_ways, source_of
+from motrt.runtime.load import RUNNING_BACKENDS, open_session, other_ways, source_of
 from motrt.runtime.tokenizer import read_tokenizer
 from motrt.runtime.versions import EXPORT_PACKAGES, installed_versions, refuse_older, version_differences
 
@@ -63,12 +63,14 @@ def verify_bundle(
         options: what is wanted besides.
 
     Raises:
-        InputError: for a file of sequences that can not be used, or a report's folder that can not be written.
+        InputError: for another backend, a file of sequences that can not be used, or a report's folder that can not be written.
         BundleError: for a bundle that is damaged.
         CheckpointError: when the checkpoint is not there, is not the one that the bundle was made of, or makes no numbers.
         BackendError: when nothing here can run the bundle.
     """
     refuse_older(*EXPORT_PACKAGES, "onnxruntime")
+    if backend not in RUNNING_BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(RUNNING_BACKENDS)} ({backend!r} came)")
     steps, options = steps or Steps(), options or VerifyOptions()
     if options.report is not None:
         check_writable(options.report)

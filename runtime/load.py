@@ -18,6 +18,7 @@ from motrt.runtime.tokenizer import read_tokenizer
 from motrt.runtime.versions import refuse_older
 
 BACKENDS = ("auto", *ORDER)
+RUNNING_BACKENDS = tuple(one for one in ORDER if one != "torch")  # those that run what a bundle holds
 
 CHECKS = ("size", "hash", "answer")
 
@@ -152,9 +153,10 @@ def why_not(bundle: Bundle, backend: str) -> str:
 
 
 def open_session(bundle: Bundle, backend: str, num_threads: int = 0) -> Session:
-    """``bundle`` in one backend other than torch, without its tokenizer.
+    """Open ``bundle`` in one backend other than torch, without its tokenizer.
 
     Raises:
+        InputError: for a backend that runs no bundle.
         BackendError: when it can not be used here, or not for this bundle.
         BundleError: when graph or engine is not the one that the manifest describes.
     """
@@ -167,7 +169,9 @@ def open_session(bundle: Bundle, backend: str, num_threads: int = 0) -> Session:
         if reason:
             raise BackendError(f"onnxruntime can not run on a GPU here: {reason}")
         return cuda_session(bundle)
-    return onnx_session(bundle, num_threads)
+    if backend == "onnxruntime":
+        return onnx_session(bundle, num_threads)
+    raise InputError(f"backend must be one of {', '.join(RUNNING_BACKENDS)} ({backend!r} came)")
 
 
 def source_of(bundle: Bundle) -> Path:

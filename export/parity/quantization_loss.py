@@ -199,11 +199,11 @@ def _mean_kl(config: ModelConfig, read: Read, blocks: Mapping[str, int], expecte
         return float(np.concatenate([one.kls for one in losses_of(session, expected).values()]).mean())
 
 
-def sampled_rows(session: Session, seed: int = 11) -> list[Int64]:
+def sampled_rows(session: Session, num_rows: int = NUM_ROWS, num_tokens: int = NUM_TOKENS, seed: int = 11) -> list[Int64]:
     """Let ``session`` write a few sequences: each modality by itself, and then all of them in their order."""
     config, names = session.config, session.config.modality_names
-    count, num_alone = min(NUM_TOKENS, config.max_seq_len - 1), len(names)
-    firsts = [*config.id_ranges, *[config.id_ranges[0]] * max(NUM_ROWS - num_alone, 1)]
+    count, num_alone = min(num_tokens, config.max_seq_len - 1), len(names)
+    firsts = [*config.id_ranges, *[config.id_ranges[0]] * max(num_rows - num_alone, 1)]
     said = [[ids.start + seed * (row + 1) % len(ids)] for row, ids in enumerate(firsts)]
     samplings = [Sampling(temperature=1.0, seed=seed + row) for row in range(len(said))]
 

@@ -15,6 +15,7 @@ from motrt.export.parity.token_file import MOST_TOKENS, read_token_file
 from motrt.export.verification import VerifyOptions, verify_bundle
 from motrt.model_def.checkpoint.native import open_checkpoint
 from motrt.runtime.bundle import open_bundle, write_manifest
+from motrt.runtime.load import open_session
 from motrt.tests.export.models import ONE, THREE, TINY, torch_session, with_changed_weights
 
 GOOD = '[1, 2, 3, 100, 101]\n\n{"ids": [4, 5, 6]}\n'
@@ -115,6 +116,15 @@ def test_a_report_that_can_not_be_written_is_told_before_anything_is_read(tmp_pa
     with pytest.raises(InputError, match="is a file"):
         verify_bundle(tmp_path / "no-bundle", options=VerifyOptions(report=tmp_path / "report"))
     assert (tmp_path / "report").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "Cuda"])
+def test_what_runs_no_bundle_is_not_quietly_replaced(backend: str, tiny_bundle: Path) -> None:
+    """``torch`` would be the reference beside itself, and ``auto`` anything."""
+    with pytest.raises(InputError, match=f"tensorrt, tensorrt-rtx, cuda, onnxruntime \\('{backend}' came\\)"):
+        verify_bundle(tiny_bundle, backend=backend)
+    with pytest.raises(InputError, match="backend must be one of"):
+        open_session(open_bundle(tiny_bundle), backend)
 
 
 def test_another_runtime_than_the_manifests_is_noted(tiny_bundle: Path, tmp_path: Path) -> None:
