@@ -6,7 +6,7 @@ Formats are the bundle's, and how its scales are chosen; table and head stay wha
 quantized twice: to the nearest codes, and column by column, where what is lost of one column is made up for in those behind it
 (Frantar et al., "GPTQ", 2022, algorithm 1, blocks of the format's size, dampened by a hundredth; inputs are those of the full
 model, and not of the layers quantized before). Both for the ids that an export samples at once, and for eight times as many
-that are sampled token by token. Measured is the mean KL divergence from the checkpoint, in PyTorch with activations as they are.
+that are sampled token by token. Measured is the mean KL divergence from the checkpoint, activations as they are.
 """
 
 from collections.abc import Iterator, Mapping
