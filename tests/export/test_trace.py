@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import slice_split_rule
 
 from motrt.errors import ExportError
@@ -56,7 +57,7 @@ def test_a_second_trace_would_give_the_same_operators(
     ids=["three modalities", "a prefill that selects"],
 )
 def test_the_rule_that_is_left_out_would_change_nothing(config: Any, graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = onnx_from_module.rewriter.rewrite, []
+    real, asked = rewriter.rewrite, []
 
     def both(model: ir.Model, rules: Any) -> None:
         other = model.clone()
@@ -64,7 +65,7 @@ def test_the_rule_that_is_left_out_would_change_nothing(config: Any, graph: Grap
         assert real(model, rules) is model and written(model) == written(other)
         asked.append(rules)
 
-    monkeypatch.setattr(onnx_from_module.rewriter, "rewrite", both)
+    monkeypatch.setattr(rewriter, "rewrite", both)
     trace(config, "float32", graph)
     assert len(asked) == 2 and all(slice_split_rule not in one and len(one) > 40 for one in asked)
 
@@ -80,7 +81,9 @@ def written(model: ir.Model) -> list[str]:
 
 def made_by(value: ir.Value | None) -> str | None:
     maker = None if value is None else value.producer()
-    return value and value.name if maker is None else maker.op_type
+    if maker is not None:
+        return maker.op_type
+    return None if value is None else value.name
 
 
 def test_what_the_exporter_does_not_know_as_it_is_is_traced_twice(monkeypatch: pytest.MonkeyPatch) -> None:
