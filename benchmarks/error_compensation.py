@@ -9,7 +9,7 @@ model, and not of the layers quantized before). Both for the ids that an export 
 that are sampled token by token. Measured is the mean KL divergence from the checkpoint, activations as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -43,14 +43,14 @@ DAMPENING = 0.01  # of the mean of the diagonal, as the authors have it
 ROWS_OF_A_PASS = 8
 
 
-def compensated(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> Tensor:
+def compensated(weight: Tensor, how: WeightFormat, squares: Tensor, quantization: Quantization) -> Tensor:
     """Return the dequantized weight [out, in] whose columns make up for the errors of those before them.
 
     Args:
         weight: [out, in].
         how: its format, symmetric.
         squares: the mean outer product of its inputs, [in, in].
-        all_of_it: how scales are chosen.
+        quantization: how scales are chosen.
     """
     left, done = weight.clone(), torch.empty_like(weight)
     (low, high), size = CODE_RANGE[how.stored], how.block_size or weight.shape[1]
@@ -61,7 +61,7 @@ def compensated(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Q
     for start in range(0, weight.shape[1], size):
         block = slice(start, start + size)
         ours, errors = left[:, block].clone(), torch.empty_like(left[:, block])
-        scale = _chosen(ours, how, squares.diagonal()[block], all_of_it).scales[:, 0].float()
+        scale = _chosen(ours, how, squares.diagonal()[block], quantization).scales[:, 0].float()
         for column in range(size):
             done[:, start + column] = (ours[:, column] / scale).round().clamp(low, high) * scale
             errors[:, column] = (ours[:, column] - done[:, start + column]) / inverse[start + column, start + column]
@@ -70,17 +70,17 @@ def compensated(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Q
     return done
 
 
-def nearest(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> Tensor:
+def nearest(weight: Tensor, how: WeightFormat, squares: Tensor, quantization: Quantization) -> Tensor:
     """Return the dequantized weight [out, in] of the nearest codes, as an export chooses them."""
-    chosen = _chosen(weight, how, squares.diagonal(), all_of_it)
+    chosen = _chosen(weight, how, squares.diagonal(), quantization)
     return dequantize(codes_under(weight, how, chosen), how, chosen)
 
 
-def _chosen(weight: Tensor, how: WeightFormat, squares: Tensor, all_of_it: Quantization) -> BlockScales:
+def _chosen(weight: Tensor, how: WeightFormat, squares: Tensor, quantization: Quantization) -> BlockScales:
     """Choose the scales of ``weight`` [out, in], or of some of its columns, by the mean squares of their inputs [in]."""
-    dtype = torch.float16 if all_of_it.half_scales else torch.float32
-    counts = squares if all_of_it.weighs_errors_of(how) else None
-    return choose_scales(weight, how, all_of_it.scales, dtype, all_of_it.signed, counts)
+    dtype = torch.float16 if quantization.half_scales else torch.float32
+    counts = squares if quantization.weighs_errors_of(how) else None
+    return choose_scales(weight, how, quantization.scales, dtype, quantization.signed, counts)
 
 
 WAYS = {"nearest codes": nearest, "compensated": compensated}
@@ -140,17 +140,13 @@ def losses_by_way(bundle: Path, checkpoint: Path, data: Path) -> dict[str, dict[
         with TorchSession(decoder) as session:
             return {modality: loss.kl_mean for modality, loss in losses_of(session, expected).items()}
 
-    found = {"the bundle": lost({})}
-    for name, told, way in track(list(_asked(squares)), "quantizing", console=Console(stderr=True)):
-        formats = _formats(config, how)
-        found[name] = lost({one: WAYS[way](full(one).float(), formats[one], told[one], how) for one in told if one in formats})
+    formats, found = _formats(config, how), {"the bundle": lost({})}
+    asked = [(sampled, way) for sampled in squares for way in WAYS]
+    for sampled, way in track(asked, "quantizing", console=Console(stderr=True)):
+        chosen = {name: one for name, one in squares[sampled].items() if name in formats}
+        made = {name: WAYS[way](full(name).float(), formats[name], one, how) for name, one in chosen.items()}
+        found[f"{way}, {sampled}"] = lost(made)
     return found
-
-
-def _asked(squares: Mapping[str, dict[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor], str]]:
-    for sampled, told in squares.items():
-        for way in WAYS:
-            yield f"{way}, {sampled}", told, way
 
 
 def _formats(config: ModelConfig, how: Quantization) -> dict[str, WeightFormat]:

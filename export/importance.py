@@ -89,7 +89,7 @@ def _passes(rows: Tensor) -> tuple[Tensor, ...]:
 def sample_rows(decoder: StreamedDecoder, seed: int = 11) -> Tensor:
     """Sample sequences [rows, tokens] from the model: one of each modality alone, the others of all modalities in their order.
 
-    Most models are trained so; of other turns ``--calibrate`` tells.
+    A model that was trained on other turns wants ``--calibrate``.
     """
     config, chance = decoder.config, torch.Generator().manual_seed(seed)
     length, num_alone = min(NUM_TOKENS, config.max_seq_len), len(config.modalities)

@@ -256,6 +256,8 @@ def _torch_session(folder: Path, bundle: Bundle | None = None) -> tuple[Session,
         return TorchSession.open(checkpoint), checkpoint.tokenizer_path
     if checkpoint.sha256() != bundle.manifest.source["sha256"]:
         raise CheckpointError(f"{folder} is not the checkpoint that {bundle.path} was made of (its hash differs): export again")
+    if (weights := bundle.manifest.weights or bundle.manifest.precision) != "fp32":
+        logger.warning("the torch backend runs the checkpoint in fp32, and not the %s weights of %s", weights, bundle.path)
     return TorchSession.open(checkpoint, max_seq_len=bundle.config.max_seq_len), checkpoint.tokenizer_path
 
 

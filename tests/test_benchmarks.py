@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from motrt.benchmarks import gpu_contender, gpu_decode
+from motrt.benchmarks import clean_builds, gpu_contender, gpu_decode
+from motrt.benchmarks.builds import Build
 from motrt.benchmarks.contender import CASES, LONG_PROMPT, timed
 from motrt.benchmarks.error_compensation import compensated, losses_by_way, nearest
 from motrt.benchmarks.gpu_contender import OPERATORS
 from motrt.errors import CheckpointError
 from motrt.export.bundle_from_checkpoint import export_bundle
+from motrt.export.parity.findings import Finding, Outcome, Report
 from motrt.export.quantize import choose_scales
 from motrt.model_def.config import ModelConfig
 from motrt.model_def.quantization import Quantization, WeightFormat
@@ -254,3 +256,19 @@ def test_what_compensation_would_bring_is_measured_on_both_modalities(
     assert len({tuple(one.values()) for one in found.values() if one is not same and one is not bundle}) == 3
     with pytest.raises(CheckpointError, match="its hash differs"):
         losses_by_way(tmp_path / "int4", make_checkpoint(ModelConfig.tiny(max_seq_len=512)), data)
+
+
+@pytest.mark.parametrize(("wrong_rung", "verdict"), [("loss", "PASS"), ("P4", "FALSE ALARM")])
+def test_a_format_that_loses_much_is_no_false_alarm(
+    wrong_rung: str, verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures = {"relative_l2_max": 0.5, "limit": 0.1, "share": 0.4}  # the worst error is of a row with a wider limit
+    findings = [Finding("P2", "steps", Outcome.PASS, "", {"relative_l2_max": 0.01, "limit": 0.1})]
+    findings += [Finding("P4", "text", Outcome.PASS, "", figures), Finding(wrong_rung, "text", Outcome.FAIL, "too much", {})]
+    evidence = {"bisect": {"first": None, "broken": [], "parts": [{"error": 1.0, "budget": 4.0}]}}
+    report = Report("onnxruntime", "PyTorch", tuple(findings), 1.0, {}, evidence)
+    monkeypatch.setattr(clean_builds, "verify_bundle", lambda *arguments, **named: report)
+    monkeypatch.setattr(Build, "make", lambda self, folder: folder)
+    told = clean_builds.ask(Build(ModelConfig.tiny()), tmp_path)
+    assert told["verdict"] == verdict and told["share"] == 0.4 and ("wrong" in told) == (verdict != "PASS")
+    assert told["loss"] == ("over" if wrong_rung == "loss" else None)

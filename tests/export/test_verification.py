@@ -119,10 +119,10 @@ def test_a_report_that_can_not_be_written_is_told_before_anything_is_read(tmp_pa
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto", "Cuda"])
-def test_what_runs_no_bundle_is_not_quietly_replaced(backend: str, tiny_bundle: Path) -> None:
-    """``torch`` would be the reference beside itself, and ``auto`` anything."""
+def test_what_runs_no_bundle_is_not_quietly_replaced(backend: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """``torch`` would be the reference beside itself, and ``auto`` anything; it is said before a bundle is read."""
     with pytest.raises(InputError, match=f"tensorrt, tensorrt-rtx, cuda, onnxruntime \\('{backend}' came\\)"):
-        verify_bundle(tiny_bundle, backend=backend)
+        verify_bundle(tmp_path / "none", backend=backend)
     with pytest.raises(InputError, match="backend must be one of"):
         open_session(open_bundle(tiny_bundle), backend)
 

@@ -16,6 +16,7 @@ from motrt.model_def.initialize import init_checkpoint
 from motrt.runtime import bundle as bundles
 from motrt.runtime.bundle import open_bundle, record_files, write_manifest
 from motrt.runtime.load import load, source_of
+from motrt.tests.conftest import MakeBundle
 
 
 def blocked(package: str, code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -160,6 +161,15 @@ def test_the_reference_of_a_bundle_has_the_bundles_length_and_is_the_very_checkp
     init_checkpoint(tmp_path / "model", ModelConfig.tiny(), seed=1)
     with pytest.raises(CheckpointError, match="its hash differs"):
         load(tmp_path / "bundle", "torch")
+
+
+def test_it_is_said_where_the_checkpoint_stands_for_other_weights(
+    make_bundle: MakeBundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(make_bundle(ModelConfig.tiny()), "torch").close()
+    assert not caplog.messages
+    load(make_bundle(ModelConfig.tiny(), "int8"), "torch").close()
+    assert len(caplog.messages) == 1 and "and not the int8 weights of" in caplog.messages[0]
 
 
 def test_a_provider_that_fails_is_an_error_and_no_other_takes_its_place_with_words_on_standard_output(
