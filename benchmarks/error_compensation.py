@@ -124,7 +124,7 @@ def losses_by_way(bundle: Path, checkpoint: Path, data: Path) -> dict[str, dict[
             f"{bundle} holds weights without codes, with zero points or in fp8: export it with --precision int4 or int8"
         )
     if source.sha256() != opened.manifest.source["sha256"]:
-        raise CheckpointError(f"{bundle} was not made of {checkpoint}: its hash differs")
+        raise CheckpointError(f"{bundle} was not made of {checkpoint} (its hash differs): name the right one with --checkpoint")
     _, full = with_head(source.config, source.read, config.head)
     weights = QuantizedWeights(opened.model_path, config, how)
     with TorchSession(Decoder.from_tensors(config, full, torch.float32)) as session:
